@@ -1,0 +1,68 @@
+"""Rank facts and collectives that are no-ops in a single process."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one process is running."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Rank of this process, 0 when not distributed."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when not distributed."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over processes, without gradient; returns a new tensor."""
+    if not is_distributed():
+        return tensor.detach().clone()
+    total = tensor.detach().clone().contiguous()
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over processes, without gradient; returns a new tensor."""
+    return all_reduce_sum(tensor) / world_size()
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over processes whose gradient is again the sum over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad)
+
+
+def all_reduce_sum_with_grad(tensor: Tensor) -> Tensor:
+    """Sum over processes through which gradients flow to every process."""
+    return _AllReduceSum.apply(tensor) if is_distributed() else tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """The value of rank 0 on every rank (picklable objects)."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

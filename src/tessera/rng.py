@@ -1,0 +1,104 @@
+"""Random draws that belong to samples, not to processes.
+
+A draw is a pure function of (seed, step, sample index, stream, site), computed by a counter-based hash. The same
+sample therefore gets the same draws whatever the batch size, the number of processes or the order, and after a
+resume. Where a plain `torch.Generator` is wanted instead, `as_sample_rng` wraps it behind the same interface.
+"""
+
+import zlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# splitmix64 constants (Steele, Lea and Flood 2014), as signed 64-bit integers
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+_MASK34 = (1 << 34) - 1
+_MASK37 = (1 << 37) - 1
+_MASK33 = (1 << 33) - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64 finaliser on int64 tensors; the masks make the arithmetic shifts logical."""
+    x = (x ^ ((x >> 30) & _MASK34)) * _MIX1
+    x = (x ^ ((x >> 27) & _MASK37)) * _MIX2
+    return x ^ ((x >> 31) & _MASK33)
+
+
+def _stream_key(stream: str) -> int:
+    return zlib.crc32(stream.encode())
+
+
+class SampleRng(Protocol):
+    """Source of per-sample draws for a batch of B samples."""
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        """(B, *shape) float32 in [0, 1). A stream names what the draws are for; equal names give equal draws
+        in `IndexedRng`, and fresh draws in `GeneratorRng`."""
+        ...
+
+
+class IndexedRng:
+    """Draws keyed by (seed, step, sample index).
+
+    Args:
+        seed: any int; the run's seed.
+        index: (B,) int64, the sample's identity (data set index, or the running number of a generated image).
+        step: training step or epoch, so that the same sample gets new draws later; 0 for evaluation.
+    """
+
+    def __init__(self, seed: int, index: Tensor, step: int = 0):
+        self.seed, self.step, self.index = int(seed), int(step), index.to(torch.int64)
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        device = self.index.device
+        key = torch.tensor([self.seed], dtype=torch.int64, device=device)
+        key = _mix(key * _GAMMA + _stream_key(stream))
+        key = _mix((key + self.step) * _GAMMA)
+        key = _mix((key + self.index) * _GAMMA)  # (B,)
+        sites = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+        bits = _mix(key[:, None] + sites[None, :] * _GAMMA)
+        top24 = (bits >> 40) & ((1 << 24) - 1)
+        return (top24.to(torch.float32) / (1 << 24)).view(len(self.index), *shape)
+
+
+class GeneratorRng:
+    """Draws from a `torch.Generator` (or torch's global one), in call order."""
+
+    def __init__(self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
+        self.batch_size, self.generator = batch_size, generator
+        self.device = generator.device if generator is not None else torch.device(device)
+        self.target = torch.device(device)
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        draws = torch.rand(self.batch_size, *shape, generator=self.generator, device=self.device)
+        return draws.to(self.target)
+
+
+def as_sample_rng(
+    rng: "SampleRng | torch.Generator | None", batch_size: int, device: torch.device | str = "cpu"
+) -> SampleRng:
+    """Accept a `SampleRng`, a `torch.Generator`, or None (torch's global generator)."""
+    if rng is None or isinstance(rng, torch.Generator):
+        return GeneratorRng(batch_size, rng, device)
+    return rng
+
+
+def integers(uniform: Tensor, high: int) -> Tensor:
+    """Map uniforms in [0, 1) to int64 in [0, high)."""
+    return (uniform.double() * high).long().clamp_(max=high - 1)
+
+
+def permutations(uniform: Tensor) -> Tensor:
+    """(B, L) uniforms -> (B, L) int64 random permutations of 0..L-1."""
+    return uniform.argsort(dim=1, stable=True)
+
+
+def exponential(uniform: Tensor) -> Tensor:
+    """Map uniforms in [0, 1) to Exp(1) draws, strictly positive."""
+    return -torch.log1p(-uniform.double()).clamp_max_(-1e-12).float()
