@@ -1,0 +1,23 @@
+"""Figures of merit: what is measured, how, and under which name it may be reported."""
+
+from tessera.metrics.codebook import CodebookUsage
+from tessera.metrics.features import DigitsFeatures, FashionFeatures, FeatureExtractor, InceptionFeatures
+from tessera.metrics.fid import FrechetDistance, frechet_distance
+from tessera.metrics.protocol import Figure, Protocol
+from tessera.metrics.reconstruction import PSNR, SSIM
+from tessera.metrics.statistics import Statistics
+
+__all__ = [
+    "PSNR",
+    "SSIM",
+    "CodebookUsage",
+    "DigitsFeatures",
+    "FashionFeatures",
+    "FeatureExtractor",
+    "Figure",
+    "FrechetDistance",
+    "InceptionFeatures",
+    "Protocol",
+    "Statistics",
+    "frechet_distance",
+]

@@ -1,0 +1,195 @@
+"""Frechet distance between two sets of features, from sums that merge over batches and processes.
+
+Knows nothing about images: features come from `features.py`, names from `protocol.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from tessera.errors import DataError
+from tessera.metrics.statistics import Statistics
+
+
+def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased covariance from sums: m = s / n, S = (C - n m m^T) / (n - 1).
+
+    Args:
+        n: number of samples.
+        total: (d,) float64, sum of x.
+        outer: (d, d) float64, sum of x x^T.
+
+    Returns:
+        (d,) mean and (d, d) symmetric covariance, float64.
+
+    Raises:
+        DataError: fewer than two samples.
+    """
+    if n < 2:
+        raise DataError(f"a covariance needs at least 2 samples, but there are {n}; evaluate more images")
+    mean = total / n
+    covariance = (outer - n * torch.outer(mean, mean)) / (n - 1)
+    return mean, (covariance + covariance.T) / 2
+
+
+def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) -> Tensor:
+    """tr (S1 S2)^{1/2} by a symmetric eigenproblem: S1 = R R^T, then the sum of sqrt(eig(R^T S2 R)).
+
+    R is the Cholesky factor where S1 is positive definite, else the eigenvectors scaled by the roots of the
+    eigenvalues. Eigenvalues are real; negative ones are rounding and count as 0.
+
+    Args:
+        sigma1, sigma2: (d, d) float64 covariances.
+        rank: bound on the rank of the product (from the sample counts); only as many eigenvalues are summed,
+            because the rounding errors of the others would enter through their square roots. None: d.
+
+    Returns:
+        float64 scalar.
+    """
+    d = sigma1.shape[0]
+    rank = d if rank is None else min(rank, d)
+    root, failed = (
+        torch.linalg.cholesky_ex(sigma1) if rank == d else (sigma1, torch.ones((), dtype=torch.int32))
+    )
+    if failed:
+        values, vectors = torch.linalg.eigh(sigma1)
+        root = vectors * values.clamp_min(0).sqrt()
+    inner = root.T @ sigma2 @ root
+    values = torch.linalg.eigvalsh((inner + inner.T) / 2)  # ascending
+    return values[d - rank :].clamp_min(0).sqrt().sum()
+
+
+def frechet_distance(
+    mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor, n1: int | None = None, n2: int | None = None
+) -> Tensor:
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^{1/2}.
+
+    Args:
+        mu1, mu2: (d,) means.
+        sigma1, sigma2: (d, d) unbiased covariances.
+        n1, n2: samples behind each side, where known; they bound the rank of singular covariances.
+
+    Returns:
+        float64 scalar, raw: equal sets may give a value a rounding error below 0.
+
+    Raises:
+        DataError: the sides have different numbers of features.
+
+    Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6; the symmetric form of the root is ours.
+    """
+    if mu1.shape != mu2.shape:
+        raise DataError(
+            f"the two sides have {mu1.numel()} and {mu2.numel()} features; they come from different extractors"
+        )
+    mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
+    d = mu1.numel()
+    rank = min(d, *(n - 1 for n in (n1, n2) if n is not None)) if (n1 or n2) else d
+    # the factorised side should be the one of higher rank, as Cholesky is the cheap way
+    if (n1 or d + 1) < (n2 or d + 1):
+        sigma1, sigma2 = sigma2, sigma1
+    return (
+        (mu1 - mu2).square().sum()
+        + sigma1.trace()
+        + sigma2.trace()
+        - 2 * trace_root_product(sigma1, sigma2, rank)
+    )
+
+
+class FrechetDistance(Metric):
+    """Frechet distance of `fake` features to `real` ones, or to fixed reference statistics.
+
+    The state is, per side, the number of samples, their sum and the sum of their outer products in float64; all
+    are added up over processes. It is saved in `state_dict` and `compute` works on a restored state.
+
+    Args:
+        num_features: d, the width of the features.
+        reference: statistics of a fixed set. Then only fake features are accepted.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+
+    def __init__(self, num_features: int, reference: Statistics | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        if reference is not None and reference.mu.numel() != num_features:
+            raise DataError(
+                f"the reference statistics have {reference.mu.numel()} features and the extractor {num_features}; "
+                "use statistics made with the same extractor"
+            )
+        self.num_features, self.reference = num_features, reference
+        for side in ("real", "fake"):
+            zeros = torch.zeros(num_features, dtype=torch.float64)
+            self.add_state(f"{side}_n", torch.zeros((), dtype=torch.int64), "sum", persistent=True)
+            self.add_state(f"{side}_sum", zeros, "sum", persistent=True)
+            self.add_state(f"{side}_outer", torch.diag(zeros), "sum", persistent=True)
+
+    def update(
+        self, features: Tensor, real: bool, mask: Tensor | None = None, index: Tensor | None = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            features: (N, d) float.
+            real: which side.
+            mask: (N,) bool; rows that are False are left out (repeats made by a padding sampler).
+            index: (N,) int64 identities of the samples, for the error message; default the row numbers.
+
+        Raises:
+            DataError: wrong width; a NaN or infinite feature; real features besides fixed reference statistics.
+        """
+        if features.ndim != 2 or features.shape[1] != self.num_features:
+            raise DataError(f"features have shape {tuple(features.shape)}, expected (N, {self.num_features})")
+        if real and self.reference is not None:
+            raise DataError(
+                "this distance has fixed reference statistics; real features can't be added to it"
+            )
+        index = torch.arange(len(features)) if index is None else index
+        if mask is not None:
+            mask = mask.to(features.device, torch.bool)
+            features, index = features[mask], index.to(features.device)[mask]
+        finite = features.isfinite().all(dim=1)
+        if not finite.all():
+            bad = index.to(finite.device)[~finite].tolist()
+            raise DataError(
+                f"features of sample {', '.join(map(str, bad[:8]))} are NaN or infinite ({len(bad)} in this batch); "
+                "check the model's output for divergence"
+            )
+        side = "real" if real else "fake"
+        x = features.detach().to(self.fake_sum.device, torch.float64)
+        setattr(self, f"{side}_n", getattr(self, f"{side}_n") + len(x))
+        setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + x.sum(0))
+        # in place: the product is accumulated without a second (d, d) matrix
+        getattr(self, f"{side}_outer").addmm_(x.T, x)
+
+    def statistics(self, real: bool) -> Statistics:
+        """Mean and covariance of one side as accumulated here (inside `compute`: over all processes)."""
+        if real and self.reference is not None:
+            return self.reference
+        side = "real" if real else "fake"
+        n = int(getattr(self, f"{side}_n"))
+        mu, sigma = moments(n, getattr(self, f"{side}_sum"), getattr(self, f"{side}_outer"))
+        return Statistics(mu, sigma, n)
+
+    def compute(self) -> Tensor:
+        """The distance, a float64 scalar.
+
+        Raises:
+            DataError: a side has fewer than two samples.
+        """
+        real, fake = self.statistics(real=True), self.statistics(real=False)
+        return frechet_distance(
+            real.mu.to(fake.mu.device), real.sigma.to(fake.mu.device), fake.mu, fake.sigma, real.n, fake.n
+        )
+
+    def set_dtype(self, dst_type: Any) -> "FrechetDistance":
+        """Sums stay in float64 whatever precision the model uses."""
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # a restored state is as good as an updated one, and an older result no longer belongs to it
+        self._computed = None
+        self._update_count = max(self._update_count, 1)

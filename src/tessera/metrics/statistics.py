@@ -1,0 +1,127 @@
+"""Mean and covariance of a set of features, on disk together with the extractor that made them."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera import distributed
+from tessera.errors import DataError, MissingFileError
+
+# What ADM's reference files (mu and sigma without a word about the extractor) were made with
+ADM_EXTRACTOR = "inception-2015-12-05:6726825d:legacy_tf"
+
+
+@dataclass
+class Statistics:
+    """Gaussian summary of a set of features.
+
+    Attributes:
+        mu: (d,) float64 mean.
+        sigma: (d, d) float64 unbiased covariance.
+        n: number of samples, None where the file doesn't say.
+        extractor: identity of the extractor (`FeatureExtractor.identity`), "" when not recorded.
+        source: what the set is, e.g. `digits-train`.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    n: int | None = None
+    extractor: str = ""
+    source: str = ""
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz with `mu`, `sigma`, `n`, `extractor`, `source`; a reader never sees half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                mu=self.mu.cpu().numpy(),
+                sigma=self.sigma.cpu().numpy(),
+                n=np.int64(-1 if self.n is None else self.n),
+                extractor=np.array(self.extractor),
+                source=np.array(self.source),
+            )
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path, extractor: str | None = None) -> "Statistics":
+        """Read statistics written by `save`, or an ADM reference file (`mu` and `sigma`; its images are ignored).
+
+        Args:
+            path: .npz file.
+            extractor: identity that the statistics must have; None accepts any.
+
+        Raises:
+            MissingFileError: no such file.
+            DataError: not a statistics file, malformed, or made with another extractor.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFileError(
+                f"statistics file {path} does not exist; set metrics.reference to an .npz file"
+            )
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = {
+                    key: file[key] for key in ("mu", "sigma", "n", "extractor", "source") if key in file
+                }
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not an .npz statistics file ({error})") from error
+        if "mu" not in content or "sigma" not in content:
+            raise DataError(f"{path} lacks mu or sigma; it is not a statistics file")
+        mu, sigma = (torch.from_numpy(np.asarray(content[key], dtype=np.float64)) for key in ("mu", "sigma"))
+        if mu.ndim != 1 or sigma.shape != (mu.numel(), mu.numel()):
+            raise DataError(
+                f"{path} has mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)}"
+            )
+        if not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise DataError(f"{path} holds NaN or infinite statistics; make it again")
+        n = int(content.get("n", -1))
+        found = str(content.get("extractor", ADM_EXTRACTOR if mu.numel() == 2048 else ""))
+        if extractor is not None and found != extractor:
+            raise DataError(
+                f"{path} was made with extractor {found or 'unknown'!r}, but this run uses {extractor!r}; "
+                "use statistics of the same extractor or change metrics.features"
+            )
+        return cls(mu, sigma, None if n < 0 else n, found, str(content.get("source", path.stem)))
+
+
+def cached_statistics(
+    folder: str | Path | None, fingerprint: str, extractor: str, compute: Callable[[], Statistics]
+) -> Statistics:
+    """Statistics of a fixed set, computed once per content and kept on disk.
+
+    All processes must call this together: either all read the file, or all take part in `compute` and rank 0
+    writes it.
+
+    Args:
+        folder: where to keep them; None computes without keeping.
+        fingerprint: identity of the images (data set, split, preprocessing).
+        extractor: identity of the extractor.
+        compute: makes the statistics, using all processes.
+    """
+    if folder is None:
+        return compute()
+    key = hashlib.sha256(f"{fingerprint}|{extractor}".encode()).hexdigest()[:16]
+    path = Path(folder) / f"statistics-{key}.npz"
+    # rank 0 decides: on a shared disk the others may see the file a moment later or earlier
+    if distributed.broadcast_object(path.is_file()):
+        return _load_shared(path, extractor)
+    statistics = compute()
+    if distributed.rank() == 0:
+        statistics.save(path)
+    return statistics
+
+
+def _load_shared(path: Path, extractor: str) -> Statistics:
+    """Rank 0 reads, the others receive: the folder need not be shared."""
+    loaded = Statistics.load(path, extractor) if distributed.rank() == 0 else None
+    return distributed.broadcast_object(loaded)
