@@ -30,7 +30,7 @@ def _entry(rank: int, world: int, port: int, function: Callable, arguments: tupl
 
 
 def run_forked(function: Callable, *arguments: Any, world: int = 2, timeout: float = 120) -> list[Any]:
-    """`function(rank, world, *arguments)` in `world` processes; their results by rank (plain Python values)."""
+    """`function(rank, world, *arguments)` in `world` processes; results (plain Python values) by rank."""
     context = mp.get_context("fork")
     results = context.Queue()
     port = free_port()

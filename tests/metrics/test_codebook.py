@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+
 from forked import run_forked
 from golden_cases import golden
-
 from tessera.errors import ConfigError, DataError
 from tessera.metrics.codebook import CodebookUsage, codebook_figures, entropy, perplexity, usage
 

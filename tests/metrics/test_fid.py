@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from forked import run_forked
 from golden_cases import golden
-
 from tessera.errors import DataError
 from tessera.metrics.fid import FrechetDistance, frechet_distance, moments, trace_root_product
 from tessera.metrics.statistics import Statistics

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from tessera.errors import ConfigError, DataError
+from tessera.metrics.sums import SumMetric
 
 
 def usage(counts: Tensor) -> Tensor:
@@ -16,9 +16,9 @@ def usage(counts: Tensor) -> Tensor:
 
 
 def entropy(counts: Tensor, base: float = math.e) -> Tensor:
-    """-sum p log p with p = counts / sum, empty codes skipped: (..., K) counts -> (...) float64, in nats by default.
+    """-sum p log p with p = counts / sum, empty codes skipped: (..., K) counts -> (...) float64.
 
-    `base=2` gives bits. 0 for a set without tokens.
+    In nats by default; `base=2` gives bits. 0 for a set without tokens.
     """
     p = counts.double() / counts.double().sum(dim=-1, keepdim=True).clamp_min(1)
     return -torch.xlogy(p, p).sum(dim=-1) / math.log(base)
@@ -29,18 +29,17 @@ def perplexity(counts: Tensor) -> Tensor:
     return entropy(counts).exp()
 
 
-class CodebookUsage(Metric):
+class CodebookUsage(SumMetric):
     """Counts of each code per branch and scale, summed over batches and processes.
 
-    Averages of per-batch or per-process figures underestimate usage and perplexity; these come from summed counts.
+    Averages of per-batch or per-process figures underestimate usage and perplexity; these come from summed
+    counts.
 
     Args:
         codebook_size: K.
         num_branches: P.
         grids: (h, w) of each scale, in token order; None for one scale of any length.
     """
-
-    full_state_update = False
 
     def __init__(
         self,
@@ -57,8 +56,7 @@ class CodebookUsage(Metric):
         self.codebook_size, self.num_branches = codebook_size, num_branches
         self.scale_sizes = [h * w for h, w in grids] if grids else None
         scales = len(self.scale_sizes) if self.scale_sizes else 1
-        counts = torch.zeros(num_branches, scales, codebook_size, dtype=torch.int64)
-        self.add_state("counts", counts, "sum", persistent=True)
+        self.add_sum("counts", num_branches, scales, codebook_size, dtype=torch.int64)
 
     def update(self, tokens: Tensor, mask: Tensor | None = None) -> None:
         """Count a batch.
@@ -104,10 +102,12 @@ def codebook_figures(counts: Tensor) -> dict[str, float]:
     """Named figures from (P, S, K) counts.
 
     Returns:
-        usage, entropy_bits, entropy_nats, perplexity and dead_codes for each branch (`usage_branch0`, its scales
+        usage, entropy_bits, entropy_nats, perplexity and dead_codes for each branch (`usage_branch0`, its
+        scales
         summed: they share a codebook) and, where there are several, each scale (`usage_branch0_scale2`).
     """
     figures: dict[str, float] = {}
+    counts = counts.view(1, 1, 1) if counts.ndim == 0 else counts  # torchmetrics squeezes single elements
     for branch, per_scale in enumerate(counts):
         rows = {f"branch{branch}": per_scale.sum(0)}
         if len(per_scale) > 1:

@@ -14,7 +14,8 @@ from tessera.errors import CheckpointError
 class FeatureCNN(nn.Module):
     """Three 3x3 convolutions (two of stride 2), pooling to a small grid, a feature layer and a classifier.
 
-    The feature layer ends in SiLU, not ReLU: a unit that is 0 for every image would make covariances singular.
+    The feature layer ends in SiLU, not ReLU: a unit that is 0 for every image would make covariances
+    singular.
 
     Args:
         input_size: side length of the images.

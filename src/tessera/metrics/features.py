@@ -1,7 +1,8 @@
 """Frozen networks that turn images into the features a Frechet distance compares.
 
-An extractor states what it is (`name`, `weights_id`, `resize`), always runs in float32 eval mode on uint8-rounded
-images, and is owned by the callback that uses it: never by a LightningModule, never in a checkpoint.
+An extractor states what it is (`name`, `weights_id`, `resize`), always runs in float32 eval mode on
+uint8-rounded images, and is owned by the callback that uses it: never by a LightningModule, never in a
+checkpoint.
 """
 
 import hashlib
@@ -109,13 +110,13 @@ class FeatureExtractor(nn.Module):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """pool_3 features of the 2015-12-05 FID Inception, as torch-fidelity computes them (bit-exact with TF on CPU).
+    """pool_3 features of the 2015-12-05 FID Inception, as torch-fidelity computes them (bit-exact with TF).
 
     Args:
-        weights_path: `weights-inception-2015-12-05-6726825d.pth` (or pytorch-fid's file of the same name). None:
-            the file in torch.hub's cache, downloaded from torch-fidelity's release if it isn't there.
-        weights_label: name for weights of another origin. Without it only the published file is accepted; with it
-            all figures carry the label, e.g. `FID[random-inception-seed0]`.
+        weights_path: `weights-inception-2015-12-05-6726825d.pth` (or pytorch-fid's file of the same name).
+            None: the file in torch.hub's cache, downloaded from torch-fidelity's release if it isn't there.
+        weights_label: name for weights of another origin. Without it only the published file is accepted;
+            with it all figures carry the label, e.g. `FID[random-inception-seed0]`.
 
     Raises:
         MissingFileError: no file, or the download failed.
@@ -137,8 +138,9 @@ class InceptionFeatures(FeatureExtractor):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if not digest.startswith(INCEPTION_HASH) and weights_label is None:
             raise CheckpointError(
-                f"metrics.features.weights_path={path} has SHA-256 {digest[:8]}, not {INCEPTION_HASH}: it is not the "
-                "2015-12-05 Inception of FID. Give that file, or name these weights with metrics.features.weights_label"
+                f"metrics.features.weights_path={path} has SHA-256 {digest[:8]}, not {INCEPTION_HASH}: it is "
+                "not FID's 2015-12-05 Inception. Give that file, or name these weights with "
+                "metrics.features.weights_label"
             )
         self.name = weights_label or "inception-2015-12-05"
         self.weights_id = digest[:8]
@@ -165,8 +167,8 @@ def _inception_download() -> Path:
         )
     except Exception as error:  # URLError, HTTPError, timeouts, hash mismatch: one remedy for all
         raise MissingFileError(
-            f"the FID Inception could not be downloaded ({error}); fetch {URL_INCEPTION_V3} on a machine with a "
-            "network and set metrics.features.weights_path to the file, or choose metrics=digits"
+            f"the FID Inception could not be downloaded ({error}); fetch {URL_INCEPTION_V3} on a machine "
+            "with a network and set metrics.features.weights_path to the file, or choose metrics=digits"
         ) from error
     return path
 
@@ -217,7 +219,7 @@ class _ClassifierFeatures(FeatureExtractor):
 
 
 def prepare(images_u8: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) uint8 -> (B, 3, size, size) float32 in [-1, 1], antialiased bilinear (half-pixel centres)."""
+    """(B, 3, H, W) uint8 -> (B, 3, size, size) float32 in [-1, 1]; bilinear, antialiased, half-pixel."""
     if min(images_u8.shape[-2:]) < 2:
         raise ConfigError(f"images of {tuple(images_u8.shape[-2:])} pixels are too small to compare")
     images = images_u8.float()

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from tessera.errors import DataError
 from tessera.metrics.statistics import Statistics
+from tessera.metrics.sums import SumMetric
 
 
 def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def frechet_distance(
     """
     if mu1.shape != mu2.shape:
         raise DataError(
-            f"the two sides have {mu1.numel()} and {mu2.numel()} features; they come from different extractors"
+            f"the sides have {mu1.numel()} and {mu2.numel()} features: they come from different extractors"
         )
     mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
     d = mu1.numel()
@@ -97,34 +97,32 @@ def frechet_distance(
     )
 
 
-class FrechetDistance(Metric):
+class FrechetDistance(SumMetric):
     """Frechet distance of `fake` features to `real` ones, or to fixed reference statistics.
 
-    The state is, per side, the number of samples, their sum and the sum of their outer products in float64; all
-    are added up over processes. It is saved in `state_dict` and `compute` works on a restored state.
+    The state is, per side, the number of samples, their sum and the sum of their outer products in float64;
+    all are added up over processes. It is saved in `state_dict` and `compute` works on a restored state.
 
     Args:
         num_features: d, the width of the features.
         reference: statistics of a fixed set. Then only fake features are accepted.
     """
 
-    full_state_update = False
     higher_is_better = False
-    is_differentiable = False
 
     def __init__(self, num_features: int, reference: Statistics | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         if reference is not None and reference.mu.numel() != num_features:
             raise DataError(
-                f"the reference statistics have {reference.mu.numel()} features and the extractor {num_features}; "
+                f"the reference statistics have {reference.mu.numel()} features, the extractor "
+                f"{num_features}; "
                 "use statistics made with the same extractor"
             )
         self.num_features, self.reference = num_features, reference
         for side in ("real", "fake"):
-            zeros = torch.zeros(num_features, dtype=torch.float64)
-            self.add_state(f"{side}_n", torch.zeros((), dtype=torch.int64), "sum", persistent=True)
-            self.add_state(f"{side}_sum", zeros, "sum", persistent=True)
-            self.add_state(f"{side}_outer", torch.diag(zeros), "sum", persistent=True)
+            self.add_sum(f"{side}_n", dtype=torch.int64)
+            self.add_sum(f"{side}_sum", num_features)
+            self.add_sum(f"{side}_outer", num_features, num_features)
 
     def update(
         self, features: Tensor, real: bool, mask: Tensor | None = None, index: Tensor | None = None
@@ -138,7 +136,8 @@ class FrechetDistance(Metric):
             index: (N,) int64 identities of the samples, for the error message; default the row numbers.
 
         Raises:
-            DataError: wrong width; a NaN or infinite feature; real features besides fixed reference statistics.
+            DataError: wrong width; a NaN or infinite feature; real features besides fixed reference
+            statistics.
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise DataError(f"features have shape {tuple(features.shape)}, expected (N, {self.num_features})")
@@ -154,8 +153,8 @@ class FrechetDistance(Metric):
         if not finite.all():
             bad = index.to(finite.device)[~finite].tolist()
             raise DataError(
-                f"features of sample {', '.join(map(str, bad[:8]))} are NaN or infinite ({len(bad)} in this batch); "
-                "check the model's output for divergence"
+                f"features of sample {', '.join(map(str, bad[:8]))} are NaN or infinite "
+                f"({len(bad)} in this batch); check the model's output for divergence"
             )
         side = "real" if real else "fake"
         x = features.detach().to(self.fake_sum.device, torch.float64)
@@ -183,13 +182,3 @@ class FrechetDistance(Metric):
         return frechet_distance(
             real.mu.to(fake.mu.device), real.sigma.to(fake.mu.device), fake.mu, fake.sigma, real.n, fake.n
         )
-
-    def set_dtype(self, dst_type: Any) -> "FrechetDistance":
-        """Sums stay in float64 whatever precision the model uses."""
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        # a restored state is as good as an updated one, and an older result no longer belongs to it
-        self._computed = None
-        self._update_count = max(self._update_count, 1)

@@ -1,7 +1,7 @@
 """How a figure was measured, and the name it may therefore carry.
 
-A bare name (`rFID`) means the field's standard protocol in full. Every deviation is part of the name, so that two
-figures with equal names are comparable.
+A bare name (`rFID`) means the field's standard protocol in full. Every deviation is part of the name, so that
+two figures with equal names are comparable.
 """
 
 import platform
@@ -30,7 +30,8 @@ class Protocol:
     """What has to be equal for two figures to be comparable, and what is worth knowing besides.
 
     Attributes:
-        extractor: name of the feature extractor, or the flavour of a pairwise measure (`uniform7`); "" if none.
+        extractor: name of the feature extractor, or the flavour of a pairwise measure (`uniform7`); "" if
+            none.
         weights_id: hash prefix of its weights.
         resize: how images reach the extractor's size.
         quantisation: rounding to uint8.
@@ -41,7 +42,8 @@ class Protocol:
         unique_samples: N without repeats.
         dtype: of the extractor and of the sums.
         versions: of the libraries that take part.
-        extra: further settings, e.g. alpha, delta, K, sigma, seed; those named in `in_label` go into the name.
+        extra: further settings, e.g. alpha, delta, K, sigma, seed; those named in `in_label` go into the
+            name.
         in_label: keys of `extra` shown in the name, in order.
     """
 
@@ -146,8 +148,8 @@ def expected_bias(sigma: Tensor, n: int, n_reference: int | None = None) -> floa
     """Expected excess of a Frechet distance of `n` independent samples over its infinite-sample value.
 
     bias = (1/n) * [5/4 * sum_i l_i + 1/2 * sum_ij l_i l_j / (l_i + l_j)], l the eigenvalues of `sigma`.
-    Second-order expansion for Gaussian features and nearly equal distributions; measured / formula is 1.00-1.02
-    for n >= 2 000 and up to 1.27 at n = 100. Not for rFID, whose two sides are the same images.
+    Second-order expansion for Gaussian features and nearly equal distributions; measured / formula is
+    1.00-1.02 for n >= 2 000 and up to 1.27 at n = 100. Not for rFID, whose two sides are the same images.
 
     Args:
         sigma: (d, d) covariance of the sampled side.

@@ -1,7 +1,7 @@
 """PSNR and SSIM of reconstructions, per image.
 
-Both round the two sides to uint8 first, so a figure can be reproduced from saved PNG files. The functions offer the
-flavours found in public code; the metric classes report one.
+Both round the two sides to uint8 first, so a figure can be reproduced from saved PNG files. The functions
+offer the flavours found in public code; the metric classes report one.
 """
 
 import math
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from tessera.errors import ConfigError, DataError
+from tessera.metrics.sums import SumMetric
 
 QUANTISATIONS = ("half-up", "truncate", "none")
 WINDOWS = ("uniform7", "gauss11")
@@ -72,7 +72,8 @@ def ssim(
 
     Args:
         images, reference: (B, C, H, W) float of equal shape.
-        window: "uniform7" (7x7 box; scikit-image's default, used by IBQ) or "gauss11" (11x11, sigma 1.5; Wang et al.).
+        window: "uniform7" (7x7 box; scikit-image's default, used by IBQ) or "gauss11" (11x11, sigma 1.5; Wang
+            et al.).
         data_range: R.
         border: "crop" keeps windows that lie inside; "reflect" mirrors the border (torchmetrics).
         covariance: "sample" (n/(n-1)) or "population"; None: what goes with the window in scikit-image.
@@ -116,7 +117,8 @@ def ssim(
 def _check_pair(images: Tensor, reference: Tensor) -> None:
     if images.shape != reference.shape or images.ndim != 4:
         raise DataError(
-            f"pairs need two (B, C, H, W) tensors of equal shape, not {tuple(images.shape)}, {tuple(reference.shape)}"
+            "pairs need two (B, C, H, W) tensors of equal shape, not "
+            f"{tuple(images.shape)} and {tuple(reference.shape)}"
         )
 
 
@@ -137,10 +139,8 @@ def _smooth(maps: Tensor, kernel: Tensor) -> Tensor:
     return both.view(*maps.shape[:-2], *both.shape[-2:])
 
 
-class _ImageMean(Metric):
+class _ImageMean(SumMetric):
     """Mean over images of a per-image value; sums are added up over processes."""
-
-    full_state_update = False
 
     def __init__(self, quantisation: str = "half-up", **kwargs: Any):
         super().__init__(**kwargs)
@@ -149,8 +149,8 @@ class _ImageMean(Metric):
                 f"quantisation={quantisation!r} is unknown; choose one of {', '.join(QUANTISATIONS)}"
             )
         self.quantisation = quantisation
-        self.add_state("total", torch.zeros((), dtype=torch.float64), "sum", persistent=True)
-        self.add_state("n", torch.zeros((), dtype=torch.int64), "sum", persistent=True)
+        self.add_sum("total")
+        self.add_sum("n", dtype=torch.int64)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         """(B,) float64."""
@@ -178,17 +178,13 @@ class _ImageMean(Metric):
             raise DataError(f"{type(self).__name__} has seen no image; check data and limit_val_batches")
         return self.total / self.n
 
-    def set_dtype(self, dst_type: Any) -> "_ImageMean":
-        """Sums stay in float64."""
-        return self
-
 
 class PSNR(_ImageMean):
     """Mean over images of the PSNR on 8-bit levels, in dB.
 
     Args:
-        infinite: images reproduced exactly have no finite PSNR: "exclude" leaves them out of the mean (their number
-            is the state `perfect`), a number counts them with that value.
+        infinite: images reproduced exactly have no finite PSNR: "exclude" leaves them out of the mean (their
+            number is the state `perfect`), a number counts them with that value.
         quantisation: see `unit_range`.
     """
 
@@ -199,7 +195,7 @@ class PSNR(_ImageMean):
         if infinite != "exclude" and not (isinstance(infinite, int | float) and math.isfinite(infinite)):
             raise ConfigError(f"infinite={infinite!r} must be 'exclude' or a finite number of dB")
         self.infinite = infinite
-        self.add_state("perfect", torch.zeros((), dtype=torch.int64), "sum", persistent=True)
+        self.add_sum("perfect", dtype=torch.int64)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         return psnr(unit_range(images, self.quantisation), unit_range(reference, self.quantisation))

@@ -53,7 +53,8 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path, extractor: str | None = None) -> "Statistics":
-        """Read statistics written by `save`, or an ADM reference file (`mu` and `sigma`; its images are ignored).
+        """Read statistics written by `save`, or an ADM reference file (`mu` and `sigma`; its images are
+        ignored).
 
         Args:
             path: .npz file.
