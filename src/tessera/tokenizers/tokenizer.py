@@ -1,0 +1,140 @@
+"""The tokenizer: encoder, quantizer and decoder as one object. It knows nothing of losses, training or Lightning."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tessera.errors import ConfigError, DataError
+from tessera.quantizers.output import QuantizerOutput
+from tessera.quantizers.product import ProductQuantizer
+from tessera.tokenizers.output import TokenizerOutput
+
+Perturb = Callable[[ProductQuantizer, Tensor, QuantizerOutput], tuple[QuantizerOutput, Tensor | float]]
+
+
+class Tokenizer(nn.Module):
+    """images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images.
+
+    Args:
+        encoder: module with `out_channels` and `downsample`; (B, 3, H, W) -> (B, out_channels, h, w).
+        quantizer: of C channels; told the latent grid here.
+        decoder: module with `in_channels` and `last_layer`; (B, in_channels, h, w) -> (B, 3, H, W).
+        resolution: side of the square images, in pixels.
+
+    Attributes:
+        grid: (h, w) of the latent.
+
+    Raises:
+        ConfigError: resolution not divisible by the encoder's downsampling, or parts that do not fit each other.
+    """
+
+    def __init__(self, encoder: nn.Module, quantizer: ProductQuantizer, decoder: nn.Module, resolution: int):
+        super().__init__()
+        if resolution < 1 or resolution % encoder.downsample:
+            raise ConfigError(
+                f"data.dataset.resolution={resolution} is not divisible by {encoder.downsample}, the downsampling of "
+                "the encoder (backbone.encoder.channel_multipliers has one halving per entry after the first)"
+            )
+        upsample = getattr(decoder, "upsample", encoder.downsample)
+        if upsample != encoder.downsample:
+            raise ConfigError(
+                f"the decoder enlarges {upsample}-fold but the encoder shrinks {encoder.downsample}-fold; give "
+                "backbone.decoder.channel_multipliers as many entries as backbone.encoder.channel_multipliers"
+            )
+        side = resolution // encoder.downsample
+        self.resolution, self.grid = resolution, (side, side)
+        quantizer.bind_grid(self.grid)
+        self.encoder = encoder
+        self.quant_conv = nn.Conv2d(encoder.out_channels, quantizer.dim, 1)
+        self.quantizer = quantizer
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.in_channels, 1)
+        self.decoder = decoder
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latent before quantisation.
+
+        Args:
+            images: (B, 3, resolution, resolution) float in [-1, 1].
+
+        Returns:
+            (B, C, h, w) float.
+
+        Raises:
+            DataError: images of another shape.
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, self.resolution, self.resolution):
+            raise DataError(
+                f"images of shape {tuple(images.shape)} do not fit this tokenizer, which needs (batch, 3, "
+                f"{self.resolution}, {self.resolution}); set data.dataset.resolution={self.resolution}"
+            )
+        return self.quant_conv(self.encoder(images))
+
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Tokens (B, P, L) int64 of images (B, 3, H, W) in [-1, 1]."""
+        return self.quantizer.encode(self.encode(images))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float, not clamped, of a quantised latent (B, C, h, w)."""
+        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
+        return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
+
+    def detokenize(self, tokens: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float in [-1, 1] of tokens (B, P, L); refuses tokens of another shape or range."""
+        return self.decode(self.quantizer.decode(tokens)).clamp(-1, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] after one round trip through tokens."""
+        return self.decode(self.quantizer(self.encode(images)).z_q).clamp(-1, 1)
+
+    def forward(self, images: Tensor, perturb: Perturb | None = None) -> TokenizerOutput:
+        """Reconstruct with gradients.
+
+        Args:
+            images: (B, 3, H, W) float in [-1, 1].
+            perturb: optional; (quantizer, z, quantizer output) -> (quantizer output to decode, share of images hit).
+
+        Returns:
+            The decoded image is the perturbed one where a perturbation hit; tokens and losses are the clean ones.
+        """
+        z = self.encode(images)
+        clean = self.quantizer(z)
+        decoded, share = (clean, 0.0) if perturb is None else perturb(self.quantizer, z, clean)
+        return TokenizerOutput(
+            reconstruction=self.decode(decoded.z_q),
+            z=z,
+            z_q=decoded.z_q,
+            tokens=clean.tokens,
+            losses=clean.losses,
+            perturbed_share=share,
+        )
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's output projection."""
+        return self.decoder.last_layer
+
+    def decoder_modules(self) -> dict[str, nn.Module]:
+        """The modules after the tokens: what decoder post-training trains."""
+        return {"post_quant_conv": self.post_quant_conv, "decoder": self.decoder}
+
+    def fingerprint(self) -> str:
+        """Identity of the token space: two tokenizers of equal fingerprint give equal tokens for equal images.
+
+        Returns:
+            16 hex digits: sha256 over the weights and token-defining settings of encoder, quant_conv and quantizer.
+            The decoder does not enter: it may be post-trained without invalidating tokens.
+        """
+        digest = hashlib.sha256(repr((self.resolution, self.quantizer.grids)).encode())
+        for part in ("encoder", "quant_conv", "quantizer"):
+            module = getattr(self, part)
+            for name, child in module.named_modules():
+                # settings that no weight shows, e.g. whether codes are normalised; torch's own layers are left out,
+                # because their texts may change with its version
+                if type(child).__module__.startswith("tessera."):
+                    digest.update(f"{part}.{name}:{type(child).__name__}({child.extra_repr()})".encode())
+            for key, value in module.state_dict().items():
+                digest.update(f"{part}.{key}:{value.dtype}:{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
