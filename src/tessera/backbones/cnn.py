@@ -1,6 +1,7 @@
 """Convolutional encoder and decoder of the VQGAN line, with the published module names."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """norm, swish, conv, norm, swish, dropout, conv; plus the input (through a 1x1 conv where widths differ)."""
+    """norm, swish, conv, norm, swish, dropout, conv; plus the input (by a 1x1 conv where widths differ)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float):
         super().__init__()
@@ -75,7 +76,7 @@ class _Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], attention: bool, norm_groups: int, dropout: float):
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.res = nn.ModuleList([ResnetBlock(a, b, norm_groups, dropout) for a, b in pairs])
         self.attn = nn.ModuleList([AttnBlock(b, norm_groups) for _, b in pairs] if attention else [])
 
@@ -163,8 +164,8 @@ class CNNEncoder(nn.Module):
     Raises:
         ConfigError: widths not divisible by norm_groups, or a size out of range.
 
-    Source: Esser et al. 2021 (arXiv:2012.09841) with the module names of XQ-GAN's CNN tokenizers; the defaults are
-        its VQ-16 (29.298 M parameters).
+    Source: Esser et al. 2021 (arXiv:2012.09841) with the module names of XQ-GAN's CNN tokenizers; the
+        defaults are its VQ-16 (29.298 M parameters).
     """
 
     def __init__(
@@ -210,7 +211,8 @@ class CNNDecoder(nn.Module):
     """Latent (B, z_channels, h, w) -> images (B, 3, h f, w f), not clamped. Mirrors `CNNEncoder`.
 
     Args:
-        channels, channel_multipliers, norm_groups, dropout: as in `CNNEncoder` (multipliers finest first too).
+        channels, channel_multipliers, norm_groups, dropout: as in `CNNEncoder` (multipliers finest first
+            too).
         num_res_blocks: of the encoder; the decoder has one more per level.
         z_channels: channels of the input.
         in_channels: channels of the images, 3 for RGB.

@@ -20,7 +20,9 @@ Schedule = Callable[[float], float]
 def perturb_tokens(
     tokens: Tensor, neighbors: Tensor, site_uniform: Tensor, rank: Tensor, alpha: float | Tensor
 ) -> Tensor:
-    """Replace tokens by one of their neighbours: token' = neighbors[rank] where site_uniform < alpha, else token.
+    """Replace tokens by one of their neighbours.
+
+    token' = neighbors[rank] where site_uniform < alpha, else token.
 
     For the same draws the sets of replaced sites are nested in alpha.
 
@@ -44,7 +46,9 @@ def ranks(rank_uniform: Tensor, delta: int) -> Tensor:
 
 
 def straight_through(quantizer: ProductQuantizer, latent: Tensor, tokens: Tensor) -> Tensor:
-    """Quantised latent of `tokens` whose gradient goes to `latent` as identity: latent + sg(decode(tokens) - latent).
+    """Quantised latent of `tokens` whose gradient goes to `latent` as identity.
+
+    z_q = latent + sg(decode(tokens) - latent)
 
     Args:
         latent: (B, C, h, w) float, `QuantizerOutput.latent`.
@@ -59,16 +63,17 @@ def straight_through(quantizer: ProductQuantizer, latent: Tensor, tokens: Tensor
 class NearestCodePerturbation:
     """Re-draws a share alpha of the tokens of a share beta of the images among their delta nearest codes.
 
-    A re-drawn token may keep its value (rank 0), so alpha * (1 - 1/delta) of an image's tokens really change. Images
-    are drawn independently with probability beta; the public code takes the first floor(beta * local batch), which is
-    none for small batches. Only the selected images' neighbours are searched. With alpha, beta or the annealed
-    strength 0, or delta 1, nothing is computed at all.
+    A re-drawn token may keep its value (rank 0), so alpha * (1 - 1/delta) of an image's tokens really change.
+    Images are drawn independently with probability beta; the public code takes the first floor(beta * local
+    batch), which is none for small batches. Only the selected images' neighbours are searched. With alpha,
+    beta or the annealed strength 0, or delta 1, nothing is computed at all.
 
     Args:
         alpha: share of tokens re-drawn in a selected image, in [0, 1].
         beta: share of images selected, in [0, 1].
         delta: nearest codes to draw from, in [1, codebook_size].
-        schedule: progress -> ratio multiplying alpha and delta (delta rounded down, at least 1); None: constant.
+        schedule: progress -> ratio multiplying alpha and delta (delta rounded down, at least 1); None:
+            constant.
         neighbors_of: "latent" (codes nearest to the latent, as in the public code) or "code" (nearest to the
             assigned code, the paper's eq. 4).
         delta_schedule: replaces `schedule` for delta; None: the same.
@@ -94,7 +99,7 @@ class NearestCodePerturbation:
                 raise ConfigError(f"perturbation.{name}={value} is outside [0, 1]; it is a share")
         if int(delta) != delta or delta < 1:
             raise ConfigError(
-                f"perturbation.delta={delta} must be a whole number of at least 1 (1 switches perturbation off)"
+                f"perturbation.delta={delta} must be a whole number of at least 1 (1: perturbation is off)"
             )
         if neighbors_of not in ("latent", "code"):
             raise ConfigError(f"perturbation.neighbors_of={neighbors_of!r} is unknown; choose latent or code")
@@ -110,8 +115,8 @@ class NearestCodePerturbation:
         """
         if self.delta > quantizer.codebook_size:
             raise ConfigError(
-                f"perturbation.delta={self.delta} exceeds the {quantizer.codebook_size} codes of the quantizer; lower it "
-                "(published: about K / 41 in training) or raise quantizer.branch.codebook.codebook_size"
+                f"perturbation.delta={self.delta} exceeds the {quantizer.codebook_size} codes of the quantizer; "
+                "lower it (published: about K / 41 in training) or raise quantizer.branch.codebook.codebook_size"
             )
 
     def strength(self, progress: float) -> tuple[float, int]:
@@ -164,8 +169,8 @@ class NearestCodePerturbation:
             rng: draws by sample; streams "perturb/image", "perturb/site", "perturb/rank".
 
         Returns:
-            The output with z_q and tokens replaced in the selected images (losses are the clean ones), and the
-            realised share of images selected. `output` itself where perturbation is off.
+            The output with z_q and tokens replaced in the selected images (losses are the clean ones), and
+            the realised share of images selected. `output` itself where perturbation is off.
 
         Raises:
             ConfigError: delta exceeds the codebook size.
@@ -176,7 +181,8 @@ class NearestCodePerturbation:
             return output, 0.0
         tokens = output.tokens
         draws = as_sample_rng(rng, tokens.shape[0], tokens.device)
-        # all streams are drawn for the whole batch, so that a plain generator's state doesn't depend on the selection
+        # all streams are drawn for the whole batch, so that a plain generator's state doesn't depend on the
+        # selection
         selected = draws.uniform("perturb/image") < self.beta
         site = draws.uniform("perturb/site", *tokens.shape[1:])
         rank = ranks(draws.uniform("perturb/rank", *tokens.shape[1:]), delta)

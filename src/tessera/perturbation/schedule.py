@@ -10,9 +10,10 @@ def linear_ramp(position: float, start: float, end: float, end_ratio: float) -> 
 
     ratio(p) = 1 - (p - start) / (end - start) * (1 - end_ratio)
 
-    The units of position, start and end are free but equal. The public code's ramp multiplies by end_ratio where this
-    one has (1 - end_ratio): it runs to 1 - end_ratio and jumps at `end`, except for end_ratio = 0.5, the published
-    setting, where the two are the same. It also divides by zero for start = end; here that is a step.
+    The units of position, start and end are free but equal. The public code's ramp multiplies by end_ratio
+    where this one has (1 - end_ratio): it runs to 1 - end_ratio and jumps at `end`, except for end_ratio =
+    0.5, the published setting, where the two are the same. It also divides by zero for start = end; here that
+    is a step.
 
     Source: `get_random_ratio` of the public RobusTok code (qiuk2/RobusTok), corrected.
     """

@@ -30,7 +30,8 @@ class QuantizerOutput:
     Attributes:
         z_q: (B, C, h, w) float; quantised latent with straight-through gradient.
         tokens: (B, P, L) int64; scale-major, raster inside a scale.
-        latent: (B, C, h, w) float; carrier of the straight-through gradient. z_q = latent + sg(value - latent).
+        latent: (B, C, h, w) float; carrier of the straight-through gradient. z_q = latent + sg(value -
+            latent).
         losses: unweighted named scalars, reduced over scales and branches.
     """
 

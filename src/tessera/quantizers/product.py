@@ -23,8 +23,8 @@ class ProductQuantizer(nn.Module):
     Raises:
         ConfigError: P below 1 or not dividing dim.
 
-    Source: XQ-GAN (arXiv:2412.01762), product quantisation; channels are split here for every backbone, while the
-        public code cuts the height axis of CNN features.
+    Source: XQ-GAN (arXiv:2412.01762), product quantisation; channels are split here for every backbone, while
+        the public code cuts the height axis of CNN features.
     """
 
     def __init__(self, branch: Callable[..., Structure], branches: int, dim: int):
@@ -117,7 +117,8 @@ class ProductQuantizer(nn.Module):
         """Nearest codes of every token site.
 
         Args:
-            query: latent z (B, C, h, w) float: neighbours of the latent; or tokens (B, P, L) int64: of the code.
+            query: latent z (B, C, h, w) float: neighbours of the latent; or tokens (B, P, L) int64: of
+                the code.
             k: 1 <= k <= K.
 
         Returns:
@@ -135,14 +136,15 @@ class ProductQuantizer(nn.Module):
         expected = (self.num_branches, self.num_tokens)
         if tokens.ndim != 3 or tokens.shape[1:] != expected or tokens.is_floating_point():
             raise DataError(
-                f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype} do not fit this tokenizer, which needs "
-                f"integers of shape (batch, {expected[0]} branches, {expected[1]} tokens); were they made by another one?"
+                f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype} do not fit this tokenizer, "
+                f"which needs integers of shape (batch, {expected[0]} branches, {expected[1]} tokens); "
+                "were they made by another one?"
             )
         if tokens.numel():
             low, high = (int(value) for value in torch.aminmax(tokens))
             if low < 0 or high >= self.codebook_size:
                 culprit = low if low < 0 else high
                 raise DataError(
-                    f"token {culprit} is outside [0, {self.codebook_size}), the codes of this tokenizer; were the tokens "
-                    "made by one with another quantizer.branch.codebook.codebook_size?"
+                    f"token {culprit} is outside [0, {self.codebook_size}), the codes of this tokenizer; "
+                    "were the tokens made by one with another quantizer.branch.codebook.codebook_size?"
                 )

@@ -1,8 +1,9 @@
 """Exact nearest-code search in tiles: memory O(N) plus one tile, never an N x K table.
 
-Minimising |x - e|^2 over codes e is maximising x.e - |e|^2/2, because |x|^2 is the same for all codes. For unit
-vectors |e|^2 is constant too and the product alone decides. The scores of one (rows x codes) tile are reduced while
-they are still in cache. Everything runs in float32 with autocast off: bfloat16 products change up to 1 % of the codes.
+Minimising |x - e|^2 over codes e is maximising x.e - |e|^2/2, because |x|^2 is the same for all codes. For
+unit vectors |e|^2 is constant too and the product alone decides. The scores of one (rows x codes) tile are
+reduced while they are still in cache. Everything runs in float32 with autocast off: bfloat16 products change
+up to 1 % of the codes.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from torch import Tensor
 Metric = Literal["euclidean", "dot"]
 
 DEFAULT_CHUNK_SIZE = 4096
-# Scores per tile. The CPU figure keeps a tile in the cache of one core (measured: 2^17 to 2^18 is fastest); a GPU
-# needs large tiles to fill its multiprocessors (2^25 scores are 128 MiB).
+# Scores per tile. The CPU figure keeps a tile in the cache of one core (measured: 2^17 to 2^18 is fastest); a
+# GPU needs large tiles to fill its multiprocessors (2^25 scores are 128 MiB).
 _TILE_SCORES = {"cpu": 1 << 18}
 _TILE_SCORES_ACCELERATOR = 1 << 25
 
@@ -89,7 +90,7 @@ def nearest_codes(
 
 
 def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`k` largest per row, descending, ties by lowest position (`torch.topk` leaves the order of ties open)."""
+    """`k` largest per row, descending; ties by lowest position, which `torch.topk` leaves open."""
     values, positions = scores.topk(k, dim=1)
     cut = values[:, -1:]
     # Where equal scores straddle the cut, topk chose among them arbitrarily: sort such rows in full

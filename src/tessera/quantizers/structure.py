@@ -1,4 +1,4 @@
-"""Structures: how the codes of one branch are laid out over a latent grid. The simplest: one code per cell."""
+"""Structures: how the codes of one branch lie over a latent grid. The simplest: one code per cell."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ class Structure(nn.Module, ABC):
 
     @abstractmethod
     def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """(B, L, k) int64: the k codes nearest to the latent z (B, D, h, w) float or to the tokens (B, L) int64."""
+        """(B, L, k) int64: the k codes nearest to z (B, D, h, w) float, or to tokens (B, L) int64."""
 
 
 class SingleGridQuantizer(Structure):
@@ -84,7 +84,7 @@ class SingleGridQuantizer(Structure):
     def grids(self) -> list[Grid]:
         if self._grid is None:
             raise ConfigError(
-                "the quantizer's grid is not known yet; build it into a Tokenizer or set quantizer.branch.grid"
+                "the quantizer's grid is not known; build it into a Tokenizer or set quantizer.branch.grid"
             )
         return [self._grid]
 
@@ -92,8 +92,8 @@ class SingleGridQuantizer(Structure):
         grid = as_grid(grid, "grid")
         if self._grid is not None and self._grid != grid:
             raise ConfigError(
-                f"quantizer.branch.grid={self._grid} contradicts the latent grid {grid} that the encoder makes; "
-                "leave quantizer.branch.grid out, or change data resolution or backbone"
+                f"quantizer.branch.grid={self._grid} contradicts the latent grid {grid} of the encoder; "
+                "leave quantizer.branch.grid out, or change data.dataset.resolution"
             )
         self._grid = grid
 
@@ -102,8 +102,8 @@ class SingleGridQuantizer(Structure):
         if z.ndim != 4 or z.shape[1] != self.dim or (self._grid is not None and z.shape[2:] != self._grid):
             expected = ("h", "w") if self._grid is None else self._grid
             raise ValueError(
-                f"latent of shape {tuple(z.shape)} does not fit a quantizer of {self.dim} channels on the grid "
-                f"{expected[0]} x {expected[1]}"
+                f"latent of shape {tuple(z.shape)} does not fit a quantizer of {self.dim} channels on the "
+                f"grid {expected[0]} x {expected[1]}"
             )
         return z.permute(0, 2, 3, 1).reshape(-1, self.dim)
 

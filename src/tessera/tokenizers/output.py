@@ -12,7 +12,8 @@ class TokenizerOutput:
     Attributes:
         reconstruction: (B, 3, H, W) float, not clamped; decoded from `z_q`.
         z: (B, C, h, w) float; latent before quantisation (after `quant_conv`).
-        z_q: (B, C, h, w) float; what was decoded: the perturbed latent where a perturbation hit, else the clean one.
+        z_q: (B, C, h, w) float; what was decoded: the perturbed latent where a perturbation hit, else the
+            clean one.
         tokens: (B, P, L) int64; clean tokens.
         losses: unweighted quantizer losses, always from the clean codes.
         perturbed_share: scalar float; realised share of images that were perturbed (0 without perturbation).

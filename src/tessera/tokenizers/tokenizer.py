@@ -1,4 +1,4 @@
-"""The tokenizer: encoder, quantizer and decoder as one object. It knows nothing of losses, training or Lightning."""
+"""Encoder, quantizer and decoder as one object, which knows nothing of losses, training or Lightning."""
 
 import hashlib
 from collections.abc import Callable
@@ -27,21 +27,23 @@ class Tokenizer(nn.Module):
         grid: (h, w) of the latent.
 
     Raises:
-        ConfigError: resolution not divisible by the encoder's downsampling, or parts that do not fit each other.
+        ConfigError: resolution not divisible by the encoder's downsampling, or parts that do not fit each
+            other.
     """
 
     def __init__(self, encoder: nn.Module, quantizer: ProductQuantizer, decoder: nn.Module, resolution: int):
         super().__init__()
         if resolution < 1 or resolution % encoder.downsample:
             raise ConfigError(
-                f"data.dataset.resolution={resolution} is not divisible by {encoder.downsample}, the downsampling of "
-                "the encoder (backbone.encoder.channel_multipliers has one halving per entry after the first)"
+                f"data.dataset.resolution={resolution} is not divisible by {encoder.downsample}, the "
+                "downsampling of the encoder (backbone.encoder.channel_multipliers: one halving per entry "
+                "after the first)"
             )
         upsample = getattr(decoder, "upsample", encoder.downsample)
         if upsample != encoder.downsample:
             raise ConfigError(
-                f"the decoder enlarges {upsample}-fold but the encoder shrinks {encoder.downsample}-fold; give "
-                "backbone.decoder.channel_multipliers as many entries as backbone.encoder.channel_multipliers"
+                f"the decoder enlarges {upsample}-fold but the encoder shrinks {encoder.downsample}-fold; "
+                "give backbone.decoder.channel_multipliers as many entries as the encoder's"
             )
         side = resolution // encoder.downsample
         self.resolution, self.grid = resolution, (side, side)
@@ -81,7 +83,7 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
 
     def detokenize(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float in [-1, 1] of tokens (B, P, L); refuses tokens of another shape or range."""
+        """Images (B, 3, H, W) float in [-1, 1] of tokens (B, P, L), whose shape and range are checked."""
         return self.decode(self.quantizer.decode(tokens)).clamp(-1, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -93,10 +95,12 @@ class Tokenizer(nn.Module):
 
         Args:
             images: (B, 3, H, W) float in [-1, 1].
-            perturb: optional; (quantizer, z, quantizer output) -> (quantizer output to decode, share of images hit).
+            perturb: optional; (quantizer, z, quantizer output) -> (quantizer output to decode, share of
+                images hit).
 
         Returns:
-            The decoded image is the perturbed one where a perturbation hit; tokens and losses are the clean ones.
+            The decoded image is the perturbed one where a perturbation hit; tokens and losses are the clean
+            ones.
         """
         z = self.encode(images)
         clean = self.quantizer(z)
@@ -120,18 +124,19 @@ class Tokenizer(nn.Module):
         return {"post_quant_conv": self.post_quant_conv, "decoder": self.decoder}
 
     def fingerprint(self) -> str:
-        """Identity of the token space: two tokenizers of equal fingerprint give equal tokens for equal images.
+        """Identity of the token space: tokenizers of equal fingerprint give equal tokens.
 
         Returns:
-            16 hex digits: sha256 over the weights and token-defining settings of encoder, quant_conv and quantizer.
+            16 hex digits: sha256 over the weights and token-defining settings of encoder, quant_conv and
+                quantizer.
             The decoder does not enter: it may be post-trained without invalidating tokens.
         """
         digest = hashlib.sha256(repr((self.resolution, self.quantizer.grids)).encode())
         for part in ("encoder", "quant_conv", "quantizer"):
             module = getattr(self, part)
             for name, child in module.named_modules():
-                # settings that no weight shows, e.g. whether codes are normalised; torch's own layers are left out,
-                # because their texts may change with its version
+                # settings that no weight shows, e.g. whether codes are normalised; torch's own layers are
+                # left out, because their texts may change with its version
                 if type(child).__module__.startswith("tessera."):
                     digest.update(f"{part}.{name}:{type(child).__name__}({child.extra_repr()})".encode())
             for key, value in module.state_dict().items():

@@ -1,0 +1,30 @@
+"""Published checkpoints and exported models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tessera.errors import ConfigError
+from tessera.zoo import xqgan
+from tessera.zoo.export import export, from_pretrained
+
+__all__ = ["export", "from_pretrained", "from_public"]
+
+
+def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> nn.Module:
+    """Our module with the weights of a published one, loaded strictly.
+
+    Args:
+        family: "xqgan".
+        config: published hyper-parameters; see the family's module.
+        state_dict: published state dict or checkpoint.
+
+    Raises:
+        ConfigError: unknown family or unsupported option.
+        CheckpointError: weights that do not fit.
+    """
+    families = {"xqgan": xqgan.from_public}
+    if family not in families:
+        raise ConfigError(f"family {family!r} is unknown; choose one of {', '.join(families)}")
+    return families[family](config, state_dict)

@@ -33,4 +33,4 @@ class Codebook(nn.Module, ABC):
 
     @abstractmethod
     def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """The k codes nearest to a vector (float (N, D)) or to a code (int64 (N,)); (N, k) int64, nearest first."""
+        """Nearest codes of vectors (float (N, D)) or of codes (int64 (N,)); (N, k) int64, nearest first."""

@@ -13,10 +13,11 @@ from tessera.quantizers.search import DEFAULT_CHUNK_SIZE, nearest_codes, nearest
 class VQCodebook(Codebook):
     """Vector quantisation: q = e_k, k = argmin_j |z - e_j|^2; output z + sg(q - z).
 
-    With `l2_normalize`, z and every e_j are divided by their norm first, so the nearest code is the one of largest
-    cosine, and the straight-through gradient passes through the normalisation of z.
+    With `l2_normalize`, z and every e_j are divided by their norm first, so the nearest code is the one of
+    largest cosine, and the straight-through gradient passes through the normalisation of z.
 
-    Losses (means over all elements, unweighted): `codebook` = mean((q - sg z)^2), `commitment` = mean((sg q - z)^2).
+    Losses (means over all elements, unweighted): `codebook` = mean((q - sg z)^2), `commitment` = mean((sg q -
+    z)^2).
 
     Args:
         dim: D, channels of one vector.
@@ -27,8 +28,9 @@ class VQCodebook(Codebook):
     Raises:
         ConfigError: a size below 1.
 
-    Source: van den Oord et al. 2017 (arXiv:1711.00937), eq. 1-3; normalisation and initialisation as in XQ-GAN's
-        `VectorQuantizer` (lxa9867/ImageFolder), whose search in autocast precision and N x K tables we don't follow.
+    Source: van den Oord et al. 2017 (arXiv:1711.00937), eq. 1-3; normalisation and initialisation as in
+        XQ-GAN's `VectorQuantizer` (lxa9867/ImageFolder), whose search in autocast precision and N x K tables
+        we don't follow.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class VQCodebook(Codebook):
         self.embedding = nn.Parameter(F.normalize(embedding, dim=1) if l2_normalize else embedding)
 
     def extra_repr(self) -> str:
-        """What, besides the weights, decides which tokens come out (the tokenizer's fingerprint hashes it)."""
+        """What, besides the weights, decides the tokens (the tokenizer's fingerprint hashes it)."""
         return f"dim={self.dim}, codebook_size={self.codebook_size}, l2_normalize={self.l2_normalize}"
 
     @property
@@ -71,7 +73,7 @@ class VQCodebook(Codebook):
             )
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors (N, D) float32 of (N,) int64 indices; unit vectors where the codebook is normalised."""
+        """Code vectors (N, D) float32 of (N,) int64 indices; unit vectors if the codebook is normalised."""
         return self._normalize(F.embedding(indices, self.embedding))
 
     def neighbors(self, query: Tensor, k: int) -> Tensor:
@@ -82,7 +84,8 @@ class VQCodebook(Codebook):
             k: 1 <= k <= K.
 
         Returns:
-            (N, k) int64, nearest first. A code's nearest neighbour is itself (or an equal code of lower index).
+            (N, k) int64, nearest first. A code's nearest neighbour is itself (or an equal code of lower
+            index).
         """
         with torch.no_grad():
             codes = self._normalize(self.embedding)

@@ -1,0 +1,113 @@
+"""Models as two files for users: `model.safetensors` (weights) and `config.json` (how to build the model).
+
+No optimizer and no training state; which weights (averaged or raw) is the caller's choice.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tessera
+from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.zoo.keys import key_problems, load_strictly
+
+FORMAT = "tessera"
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+def _refuse_foreign_targets(node: Any, source: str) -> None:
+    """A config.json may come from anywhere, and `_target_` calls what it names: only our own code may be named."""
+    if isinstance(node, Mapping):
+        target = node.get("_target_", "tessera.")
+        if not str(target).startswith("tessera."):
+            raise CheckpointError(
+                f"{source} names _target_={target!r}, which is not part of tessera; refused"
+            )
+        for value in node.values():
+            _refuse_foreign_targets(value, source)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _refuse_foreign_targets(value, source)
+
+
+def _build(config: Mapping[str, Any], source: str) -> nn.Module:
+    import hydra.utils
+
+    _refuse_foreign_targets(config, source)
+    if "_target_" not in config:
+        raise ConfigError(f"{source} has no _target_; it is not the config of one model")
+    return hydra.utils.instantiate(dict(config), _convert_="all")
+
+
+def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> Path:
+    """Write a model to a folder that `from_pretrained` reads; existing files of that name are replaced.
+
+    Args:
+        model: tokenizer or generator.
+        folder: created where needed.
+        config: resolved `_target_` tree (plain dicts, lists, numbers, strings) that builds the model; None:
+            the model's `architecture`, which training and loading set.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: no config, or one that builds a model of other weights.
+    """
+    config = getattr(model, "architecture", None) if config is None else config
+    if config is None:
+        raise ConfigError("export needs config, the resolved tree that builds the model")
+    with torch.device("meta"):
+        twin = _build(config, "config")
+    state = model.state_dict()
+    problems = key_problems(twin.state_dict(), state)
+    if problems:
+        raise ConfigError(f"config builds another model than the one to export: {'; '.join(problems[:12])}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # clone: safetensors refuses tensors that share memory
+    save_file(
+        {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / _WEIGHTS
+    )
+    description: dict[str, Any] = {"format": FORMAT, "version": tessera.__version__, "config": config}
+    if hasattr(model, "fingerprint"):
+        description["fingerprint"] = model.fingerprint()
+    (folder / _CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    return folder
+
+
+def from_pretrained(folder: str | Path) -> nn.Module:
+    """The model that `export` wrote, in eval mode on the CPU.
+
+    Raises:
+        MissingFileError: a file is missing.
+        CheckpointError: not an export of Tessera; weights that do not fit; damaged weights; foreign
+            `_target_`.
+    """
+    folder = Path(folder)
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise MissingFileError(
+                f"{folder / name} does not exist; give a folder written by tessera.zoo.export"
+            )
+    try:
+        description = json.loads((folder / _CONFIG).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / _CONFIG} is not valid JSON: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / _CONFIG} was not written by tessera.zoo.export")
+    model = _build(description["config"], str(folder / _CONFIG))
+    load_strictly(model, load_file(folder / _WEIGHTS), str(folder / _WEIGHTS))
+    stored = description.get("fingerprint")
+    if stored is not None and model.fingerprint() != stored:
+        raise CheckpointError(
+            f"{folder} has tokens of fingerprint {model.fingerprint()}, but was exported as {stored}; "
+            "the weights or config.json were changed afterwards"
+        )
+    model.architecture = description["config"]
+    return model.eval()
