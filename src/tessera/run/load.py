@@ -1,0 +1,86 @@
+"""Models from checkpoints: `_target_`s of tokenizer/pretrained and generator/pretrained."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tessera.callbacks.ema import ema_weights
+from tessera.errors import CheckpointError, ConfigError
+from tessera.run.build import make, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("ema", "raw")
+
+
+def _strict_load(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    own = module.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{path} holds another architecture: {shown}")
+    module.load_state_dict(state)
+
+
+def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Path) -> nn.Module:
+    """Build `name` (tokenizer or generator) as the checkpoint describes it and load its weights."""
+    if weights not in WEIGHTS:
+        raise ConfigError(f"{name}.weights={weights!r} is unknown; choose one of {', '.join(WEIGHTS)}")
+    architecture = checkpoint["tessera"]["architecture"].get(name)
+    prefix = f"{name}."
+    state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    if architecture is None or not state:
+        raise CheckpointError(f"{path} holds no {name}; it is a checkpoint of stage {checkpoint['tessera'].get('stage')!r}")
+    if weights == "ema":
+        averaged = ema_weights(checkpoint)
+        if averaged is None:
+            log.info("%s has no averaged weights; using the raw ones", path)
+        for part, values in (averaged or {}).items():
+            inner = "" if part == name else f"{part}."
+            state.update({f"{inner}{key}": value for key, value in values.items()})
+    module = make(architecture)
+    _strict_load(module, state, path)
+    module.architecture = architecture
+    return module.eval()
+
+
+def load_tokenizer(path: str, weights: str = "ema") -> nn.Module:
+    """The tokenizer of a main-training or post-training checkpoint, or of an exported folder, in eval mode.
+
+    Args:
+        path: a .ckpt file, or a folder written by `tessera.zoo.export`.
+        weights: "ema" (averaged where the checkpoint has them) or "raw".
+
+    Raises:
+        MissingFileError, CheckpointError: no such file; not a tokenizer; another architecture.
+    """
+    if Path(path).is_dir():
+        from tessera.zoo.export import from_pretrained
+
+        return from_pretrained(path)
+    return _module(read_checkpoint(path), "tokenizer", weights, path)
+
+
+def load_generator(path: str, weights: str = "raw") -> nn.Module:
+    """The generator of a generator-training checkpoint, in eval mode; arguments and errors as `load_tokenizer`."""
+    checkpoint = read_checkpoint(path)
+    generator = _module(checkpoint, "generator", weights, path)
+    generator.tokenizer_fingerprint = checkpoint["tessera"]["tokenizer_fingerprint"]
+    return generator
+
+
+def check_token_space(generator: nn.Module, tokenizer: nn.Module, path: str | Path) -> None:
+    """Refuse a tokenizer whose tokens mean something else than those the generator was trained on."""
+    if generator.tokenizer_fingerprint != tokenizer.fingerprint():
+        raise CheckpointError(
+            f"the generator was trained on the tokens of tokenizer {generator.tokenizer_fingerprint}, but {path} is "
+            f"{tokenizer.fingerprint()}; give the tokenizer it was trained with (or one post-trained from it)"
+        )

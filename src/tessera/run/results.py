@@ -1,0 +1,37 @@
+"""Result files: one results.json per run, written atomically and readable without this package."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FILE = "results.json"
+
+
+def figures_of(callbacks: Iterable[Any]) -> list[Any]:
+    """The figures (metrics.protocol.Figure) that callbacks hold after an evaluation."""
+    return [figure for callback in callbacks for figure in getattr(callback, "figures", [])]
+
+
+def write_results(folder: Path, content: dict[str, Any]) -> Path:
+    """Write `results.json` into `folder`; a reader never sees half a file.
+
+    Non-finite numbers become strings ("nan", "inf"), as JSON has none.
+    """
+    path = folder / FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_finite(content), indent=2, sort_keys=False) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,55 @@
+"""What train.py calls: tokenizer main-training, or generator training on a tokenizer's tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from tessera.run.build import make, plain, prepare
+from tessera.run.fit import fit
+from tessera.run.strict import check_config
+from tessera.run.tokens import tokens_of_images
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train as configured, resuming where asked.
+
+    Args:
+        cfg: composed from conf/train.yaml.
+
+    Returns:
+        What `results.json` in the run folder holds.
+    """
+    check_config(cfg)
+    run = prepare(cfg)
+    if cfg.get("generator") is None:
+        return train_tokenizer(cfg, run)
+    return train_generator(cfg, run)
+
+
+def train_tokenizer(cfg: DictConfig, run: Path) -> dict[str, Any]:
+    """Main-training of a new tokenizer, or of one that `tokenizer.path` gives (fine-tuning)."""
+    tokenizer = make(cfg.tokenizer)
+    architecture = {"tokenizer": getattr(tokenizer, "architecture", None) or plain(cfg.tokenizer)}
+    stage = make(cfg.stage)(tokenizer=tokenizer)
+    return fit(cfg, run, stage, make(cfg.data)(), architecture)
+
+
+def train_generator(cfg: DictConfig, run: Path) -> dict[str, Any]:
+    """Generator training; the tokenizer's tokens are cached first where they aren't yet."""
+    tokenizer = make(cfg.tokenizer)
+    data = make(cfg.data)
+    images = make(cfg.data.dataset)(split="train")
+    quantizer = tokenizer.quantizer
+    sizes = {
+        "codebook_size": quantizer.codebook_size,
+        "num_tokens": quantizer.num_tokens,
+        "num_branches": quantizer.num_branches,
+        "num_classes": images.num_classes,
+    }
+    generator = make(cfg.generator)(**sizes)
+    architecture = {"generator": {**plain(cfg.generator), **sizes, "_partial_": False}}
+    stage = make(cfg.stage)(generator=generator, tokenizer=tokenizer)
+    source = tokens_of_images(Path(cfg.paths.tokens), images, tokenizer, cfg.tokens.views, cfg.tokens.batch_size)
+    datamodule = data(serve="tokens", token_cache=source.folder, expected_fingerprint=tokenizer.fingerprint())
+    return fit(cfg, run, stage, datamodule, architecture, source)
