@@ -1,0 +1,20 @@
+"""What happens besides training: figures, pictures, averaged weights, resuming."""
+
+from tessera.callbacks.codebook_report import CodebookReport
+from tessera.callbacks.generation_fid import GenerationFID
+from tessera.callbacks.image_grid import ImageGrid
+from tessera.callbacks.perturbed_fid import PerturbedFID
+from tessera.callbacks.progress import PlainProgress, progress_display
+from tessera.callbacks.reconstruction_fid import ReconstructionFID
+from tessera.callbacks.reconstruction_quality import ReconstructionQuality
+
+__all__ = [
+    "CodebookReport",
+    "GenerationFID",
+    "ImageGrid",
+    "PerturbedFID",
+    "PlainProgress",
+    "ReconstructionFID",
+    "ReconstructionQuality",
+    "progress_display",
+]

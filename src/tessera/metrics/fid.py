@@ -106,11 +106,18 @@ class FrechetDistance(SumMetric):
     Args:
         num_features: d, the width of the features.
         reference: statistics of a fixed set. Then only fake features are accepted.
+        sides: which sides have sums; ("real",) merely collects statistics, ("fake",) awaits a `reference`.
     """
 
     higher_is_better = False
 
-    def __init__(self, num_features: int, reference: Statistics | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        num_features: int,
+        reference: Statistics | None = None,
+        sides: tuple[str, ...] = ("real", "fake"),
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if reference is not None and reference.mu.numel() != num_features:
             raise DataError(
@@ -119,7 +126,8 @@ class FrechetDistance(SumMetric):
                 "use statistics made with the same extractor"
             )
         self.num_features, self.reference = num_features, reference
-        for side in ("real", "fake"):
+        self.sides = ("fake",) if reference is not None else tuple(sides)
+        for side in self.sides:
             self.add_sum(f"{side}_n", dtype=torch.int64)
             self.add_sum(f"{side}_sum", num_features)
             self.add_sum(f"{side}_outer", num_features, num_features)
@@ -141,10 +149,10 @@ class FrechetDistance(SumMetric):
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise DataError(f"features have shape {tuple(features.shape)}, expected (N, {self.num_features})")
-        if real and self.reference is not None:
-            raise DataError(
-                "this distance has fixed reference statistics; real features can't be added to it"
-            )
+        side = "real" if real else "fake"
+        if side not in self.sides:
+            why = " (it has fixed reference statistics)" if self.reference is not None else ""
+            raise DataError(f"{side} features can't be added to this distance{why}")
         index = torch.arange(len(features)) if index is None else index
         if mask is not None:
             mask = mask.to(features.device, torch.bool)
@@ -156,8 +164,7 @@ class FrechetDistance(SumMetric):
                 f"features of sample {', '.join(map(str, bad[:8]))} are NaN or infinite "
                 f"({len(bad)} in this batch); check the model's output for divergence"
             )
-        side = "real" if real else "fake"
-        x = features.detach().to(self.fake_sum.device, torch.float64)
+        x = features.detach().to(getattr(self, f"{side}_sum").device, torch.float64)
         setattr(self, f"{side}_n", getattr(self, f"{side}_n") + len(x))
         setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + x.sum(0))
         # in place: the product is accumulated without a second (d, d) matrix
@@ -172,13 +179,24 @@ class FrechetDistance(SumMetric):
         mu, sigma = moments(n, getattr(self, f"{side}_sum"), getattr(self, f"{side}_outer"))
         return Statistics(mu, sigma, n)
 
+    def summary(self) -> tuple[float, Statistics, Statistics]:
+        """The distance over all processes with both sides' statistics: (distance, real, fake).
+
+        Every process must call it.
+        """
+        with self.sync_context():
+            real, fake = self.statistics(real=True), self.statistics(real=False)
+        return float(_between(real, fake)), real, fake
+
     def compute(self) -> Tensor:
         """The distance, a float64 scalar.
 
         Raises:
             DataError: a side has fewer than two samples.
         """
-        real, fake = self.statistics(real=True), self.statistics(real=False)
-        return frechet_distance(
-            real.mu.to(fake.mu.device), real.sigma.to(fake.mu.device), fake.mu, fake.sigma, real.n, fake.n
-        )
+        return _between(self.statistics(real=True), self.statistics(real=False))
+
+
+def _between(real: Statistics, fake: Statistics) -> Tensor:
+    device = fake.mu.device
+    return frechet_distance(real.mu.to(device), real.sigma.to(device), fake.mu, fake.sigma, real.n, fake.n)
