@@ -115,8 +115,9 @@ class NearestCodePerturbation:
         """
         if self.delta > quantizer.codebook_size:
             raise ConfigError(
-                f"perturbation.delta={self.delta} exceeds the {quantizer.codebook_size} codes of the quantizer; "
-                "lower it (published: about K / 41 in training) or raise quantizer.branch.codebook.codebook_size"
+                f"perturbation.delta={self.delta} exceeds the {quantizer.codebook_size} codes of the "
+                "quantizer; lower it (published: about K / 41 in training) or raise "
+                "quantizer.branch.codebook.codebook_size"
             )
 
     def strength(self, progress: float) -> tuple[float, int]:

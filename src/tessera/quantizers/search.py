@@ -91,17 +91,13 @@ def nearest_codes(
 
 def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`k` largest per row, descending; ties by lowest position, which `torch.topk` leaves open."""
-    values, positions = scores.topk(k, dim=1)
-    cut = values[:, -1:]
-    # Where equal scores straddle the cut, topk chose among them arbitrarily: sort such rows in full
-    cut_ties = (scores >= cut).sum(1) > k
-    if bool(cut_ties.any()):
-        full_values, full_positions = scores[cut_ties].sort(dim=1, descending=True, stable=True)
-        values[cut_ties], positions[cut_ties] = full_values[:, :k], full_positions[:, :k]
-    by_position = positions.argsort(dim=1)
-    values, positions = values.gather(1, by_position), positions.gather(1, by_position)
-    by_value = values.argsort(dim=1, descending=True, stable=True)
-    return values.gather(1, by_value), positions.gather(1, by_value)
+    values, positions = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows a tie across the cut
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    values, positions = values[:, :k], positions[:, :k]
+    if bool(tied.any()):
+        ordered = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], positions[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, positions
 
 
 def nearest_k(

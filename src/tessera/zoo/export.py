@@ -3,6 +3,7 @@
 No optimizer and no training state; which weights (averaged or raw) is the caller's choice.
 """
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +21,28 @@ FORMAT = "tessera"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
+def _defined_module(target: str) -> str:
+    """Module that defines what a dotted name of ours stands for; "" if it isn't ours or stands for nothing."""
+    if not target.startswith("tessera."):
+        return ""
+    *path, name = target.split(".")
+    try:
+        found = getattr(importlib.import_module(".".join(path)), name)
+    except (ImportError, AttributeError):
+        return ""
+    return getattr(found, "__module__", "")
+
+
 def _refuse_foreign_targets(node: Any, source: str) -> None:
-    """A config.json may come from anywhere, and `_target_` calls what it names: only our own code may be named."""
+    """A config.json may come from anywhere, and `_target_` calls what it names: only our own may be named.
+
+    The object's own module is asked, as the dotted name alone would reach any library that ours imports.
+    """
     if isinstance(node, Mapping):
-        target = node.get("_target_", "tessera.")
-        if not str(target).startswith("tessera."):
-            raise CheckpointError(
-                f"{source} names _target_={target!r}, which is not part of tessera; refused"
-            )
+        if "_target_" in node:
+            target = str(node["_target_"])
+            if not _defined_module(target).startswith("tessera."):
+                raise CheckpointError(f"{source} names _target_={target!r}, no part of tessera; refused")
         for value in node.values():
             _refuse_foreign_targets(value, source)
     elif isinstance(node, list | tuple):

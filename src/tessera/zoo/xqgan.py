@@ -34,15 +34,15 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             )
     if len(config["v_patch_nums"]) != 1:
         raise ConfigError(
-            f"v_patch_nums={list(config['v_patch_nums'])} of the published config is a multi-scale quantizer, which "
-            "is not supported here; only a single grid is"
+            f"v_patch_nums={list(config['v_patch_nums'])} of the published config is multi-scale, "
+            "which is not supported here; only a single grid is"
         )
     if config.get("lfq"):
         raise ConfigError("lfq=true of the published config is not supported here; only VQ codebooks are")
     if config.get("product_quant", 1) != 1:
         raise ConfigError(
-            f"product_quant={config['product_quant']} of the published config has no published CNN tokenizer: the "
-            "public code fails on it, so no weights can exist"
+            f"product_quant={config['product_quant']} of the published config has no CNN tokenizer: "
+            "the public code fails on it, so no weights can exist"
         )
 
 

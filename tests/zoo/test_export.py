@@ -1,0 +1,120 @@
+"""Export and reload of models."""
+
+import json
+
+import pytest
+import torch
+
+from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.zoo import export, from_pretrained
+
+
+def config(codebook_size: int = 16, branches: int = 2) -> dict:
+    sizes = {
+        "channels": 4,
+        "channel_multipliers": [1, 2],
+        "num_res_blocks": 1,
+        "z_channels": 6,
+        "norm_groups": 2,
+    }
+    return {
+        "_target_": "tessera.tokenizers.Tokenizer",
+        "encoder": {"_target_": "tessera.backbones.CNNEncoder", **sizes},
+        "decoder": {"_target_": "tessera.backbones.CNNDecoder", **sizes},
+        "quantizer": {
+            "_target_": "tessera.quantizers.ProductQuantizer",
+            "branches": branches,
+            "dim": 4,
+            "branch": {
+                "_target_": "tessera.quantizers.SingleGridQuantizer",
+                "_partial_": True,
+                "codebook": {
+                    "_target_": "tessera.quantizers.VQCodebook",
+                    "_partial_": True,
+                    "codebook_size": codebook_size,
+                },
+            },
+        },
+        "resolution": 8,
+    }
+
+
+@pytest.fixture
+def tokenizer():
+    import hydra.utils
+
+    return hydra.utils.instantiate(config(), _convert_="all")
+
+
+def test_round_trip_is_exact(tokenizer, tmp_path):
+    folder = export(tokenizer, tmp_path / "models" / "tiny", config())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = from_pretrained(folder)
+    assert not loaded.training
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(loaded(images).reconstruction, tokenizer(images).reconstruction)
+    again = from_pretrained(export(loaded, tmp_path / "again"))  # the config travels with the model
+    assert again.architecture == config()
+    assert torch.equal(again.tokenize(images), tokenizer.tokenize(images))
+
+
+def test_refuses_a_config_of_another_model(tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=r"embedding is \(16, 2\), not \(32, 2\)"):
+        export(tokenizer, tmp_path, config(codebook_size=32))
+    with pytest.raises(ConfigError, match="needs config"):
+        export(tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match="_target_"):
+        export(tokenizer, tmp_path, {"encoder": {}})
+    assert not list(tmp_path.iterdir()), "nothing is written before the check"
+
+
+def test_refuses_what_is_no_export(tokenizer, tmp_path):
+    with pytest.raises(MissingFileError, match=r"config\.json"):
+        from_pretrained(tmp_path)
+    folder = export(tokenizer, tmp_path / "tiny", config())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MissingFileError, match=r"model\.safetensors"):
+        from_pretrained(folder)
+    export(tokenizer, folder, config())
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="JSON"):
+        from_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not written by"):
+        from_pretrained(folder)
+
+
+def edit(folder, change) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    change(description["config"])
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+def test_refuses_weights_or_settings_changed_afterwards(tokenizer, tmp_path):
+    folder = export(tokenizer, tmp_path, config())
+    edit(folder, lambda c: c["quantizer"]["branch"]["codebook"].update(l2_normalize=False))
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        from_pretrained(folder)
+    export(tokenizer, folder, config())
+    edit(folder, lambda c: c["quantizer"].update(branches=1))
+    with pytest.raises(CheckpointError, match=r"branches\.1"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "tessera.nowhere",
+        "tessera.zoo.keys",
+        "subprocess.Popen",
+        "tessera.zoo.keys.re.compile",
+        "tessera.backbones.cnn.nn.Linear",
+    ],
+)
+def test_never_calls_foreign_code_named_in_a_config(tokenizer, tmp_path, target):
+    folder = export(tokenizer, tmp_path, config())
+    edit(folder, lambda c: c.update(encoder={"_target_": target}))
+    with pytest.raises(CheckpointError, match="no part of tessera"):
+        from_pretrained(folder)
