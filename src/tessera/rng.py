@@ -57,7 +57,8 @@ class IndexedRng:
         for size in shape:
             count *= size
         device = self.index.device
-        key = torch.tensor([self.seed], dtype=torch.int64, device=device)
+        # filled on the device: a copy from the host would wait for it
+        key = torch.full((1,), self.seed, dtype=torch.int64, device=device)
         key = _mix(key * _GAMMA + _stream_key(stream))
         key = _mix((key + self.step) * _GAMMA)
         key = _mix((key + self.index) * _GAMMA)  # (B,)
@@ -100,5 +101,10 @@ def permutations(uniform: Tensor) -> Tensor:
 
 
 def exponential(uniform: Tensor) -> Tensor:
-    """Map uniforms in [0, 1) to Exp(1) draws, strictly positive."""
-    return -torch.log1p(-uniform.double()).clamp_max_(-1e-12).float()
+    """Map uniforms in [0, 1) on a grid of 2^-24 to Exp(1) draws in [3e-8, 16.7].
+
+    Each draw stands for the middle of its grid cell. Mapping 0 to (nearly) 0 instead would let a code of any
+    positive probability win an exponential race once in 2^24 draws: with 4096 codes and 256 tokens, a random
+    code in one image of 16.
+    """
+    return -torch.log1p(-(uniform + 2.0**-25).clamp_max_(1 - 2.0**-24))

@@ -1,0 +1,133 @@
+"""What every generator of tokens offers, and the checks of its inputs."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from tessera.errors import ConfigError, DataError
+from tessera.generators.sampling import Rng, SamplingConfig
+from tessera.rng import SampleRng
+
+
+class Generator(nn.Module, ABC):
+    """Class-conditional model of an image's tokens.
+
+    Args:
+        codebook_size: K, codes of each branch.
+        num_branches: P, predicted in parallel at each position.
+        num_tokens: L, tokens of an image in one branch.
+        num_classes: labels are 0 .. num_classes - 1.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    def __init__(self, codebook_size: int, num_branches: int, num_tokens: int, num_classes: int):
+        super().__init__()
+        self.codebook_size, self.num_branches = codebook_size, num_branches
+        self.num_tokens, self.num_classes = num_tokens, num_classes
+        for name in ("codebook_size", "num_branches", "num_tokens", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"generator.{name}={getattr(self, name)} must be at least 1")
+
+    @abstractmethod
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        progress: float = 1.0,
+        rng: SampleRng | torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Training loss of a batch.
+
+        Args:
+            tokens: (B, P, L) int64 in [0, K).
+            labels: (B,) int64 in [0, num_classes).
+            progress: in [0, 1], share of training done; schedules inside the model read it.
+            rng: draws by sample; None: torch's global generator.
+
+        Returns:
+            "loss": float32 scalar with gradient; "accuracy": float32 scalar, share of tokens predicted.
+
+        Raises:
+            DataError: wrong shapes, or values out of range.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        *,
+        teacher: Tensor | None = None,
+        keep: Tensor | None = None,
+        rng: Rng = None,
+    ) -> Tensor:
+        """Sample tokens, in eval mode and without gradient whatever the module's mode is.
+
+        Args:
+            labels: (B,) int64 in [0, num_classes).
+            sampling: temperature, guidance, top-k, top-p.
+            teacher: (B, P, L) int64; given tokens. Only values at kept positions are read.
+            keep: (B, P, L) bool; where True the sampled token is replaced by the teacher's before it is fed
+                back, so that later tokens are conditioned on it. The draw is made all the same: draws of
+                other positions don't depend on `keep`.
+            rng: `IndexedRng` makes each sample's tokens independent of the batch it is in; a
+                `torch.Generator`, None (torch's global one), or a function (probs (B, P, K), step) -> (B, P).
+
+        Returns:
+            (B, P, L) int64 in [0, K).
+
+        Raises:
+            DataError: wrong shapes, or values out of range.
+            ConfigError: only one of teacher and keep is given.
+        """
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse labels that are no (B,) integers in [0, num_classes)."""
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise DataError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; need (B,) int64"
+            )
+        self._check_range("label", labels, self.num_classes, "generator.num_classes")
+
+    def check_tokens(self, tokens: Tensor, batch_size: int) -> None:
+        """Refuse tokens that are no (B, P, L) integers in [0, K)."""
+        self._check_shape("tokens", tokens, batch_size)
+        if tokens.dtype != torch.int64:
+            raise DataError(f"tokens have type {tokens.dtype}; need int64")
+        self._check_range("token", tokens, self.codebook_size, "generator.codebook_size")
+
+    def check_teacher(self, teacher: Tensor | None, keep: Tensor | None, batch_size: int) -> None:
+        """Refuse a teacher without keep or the reverse, wrong shapes, and kept tokens outside [0, K)."""
+        if teacher is None and keep is None:
+            return
+        if teacher is None or keep is None:
+            missing = "keep" if keep is None else "teacher"
+            raise ConfigError(
+                f"generate() needs teacher and keep together, but {missing} is missing; give both "
+                "(keep: (B, P, L) bool, True where the teacher's token stays) or neither"
+            )
+        self._check_shape("keep", keep, batch_size)
+        if keep.dtype != torch.bool:
+            raise DataError(f"keep has type {keep.dtype}; need bool, True where the teacher's token stays")
+        self._check_shape("teacher", teacher, batch_size)
+        self.check_tokens(torch.where(keep, teacher, 0), batch_size)
+
+    def _check_shape(self, name: str, value: Tensor, batch_size: int) -> None:
+        expected = (batch_size, self.num_branches, self.num_tokens)
+        if tuple(value.shape) != expected:
+            raise DataError(
+                f"{name} have shape {tuple(value.shape)} but the generator works on {expected} (batch, "
+                "generator.num_branches, generator.num_tokens); set these to the tokenizer's"
+            )
+
+    def _check_range(self, name: str, value: Tensor, size: int, key: str) -> None:
+        if not value.numel():
+            return
+        low, high = (int(bound) for bound in value.aminmax())
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise DataError(f"{name} {wrong} is outside [0, {size}); check the data or raise {key}")

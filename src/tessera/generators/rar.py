@@ -1,0 +1,263 @@
+"""RAR: autoregressive transformer trained on randomised token orders that give way to the raster order."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessera.errors import ConfigError
+from tessera.generators.base import Generator
+from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm
+from tessera.generators.orders import permute, random_ratio, raster_orders, sample_orders
+from tessera.generators.rar_decoder import generate_raster
+from tessera.generators.sampling import Rng, SamplingConfig
+from tessera.rng import SampleRng, as_sample_rng
+
+
+class RAR(Generator):
+    """Randomised autoregressive generator.
+
+    The sequence is [cls, condition, t_0, t_1, ...] in prediction order. Each position also gets the position
+    of the token it is to predict (target-aware embedding), so one model serves every order; each position's
+    blocks are modulated by class and step.
+
+    With num_branches = 1 the parameters are those of the published files, loadable strictly. For P branches
+    the token table holds the branches one after another (token t of branch b is row b * K + t), a position's
+    input is the sum of its P embeddings, and the head gives P * K logits: P codes predicted in parallel,
+    independent of each other given what came before.
+
+    Ids of the embedding table: tokens 0 .. P*K - 1; P*K a mask token that RAR never uses; label y is
+    P*K + 1 + y; the last, `none_id`, stands for no condition.
+
+    Args:
+        codebook_size, num_tokens, num_classes, num_branches: see `Generator`.
+        hidden_size: channels d; a multiple of num_heads.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_size: hidden channels of the MLPs.
+        dropout: after attention projections and in the MLPs. Drawn from torch's global generator.
+        attention_dropout: on attention probabilities, likewise.
+        class_dropout: share of samples whose label is dropped in training.
+        order_anneal: (start, end), shares of training between which the probability of a random order falls
+            from 1 to 0.
+        extra_positions, extra_timesteps: rows of the position tables and the step table beyond L; published
+            1024 and 100, of which 2 are used.
+        checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ConfigError: a value out of range.
+
+    Source: Yu et al. 2024 (arXiv:2411.00776); modeling/rar.py of bytedance/1d-tokenizer, which the parameter
+        names follow. Branches are an addition.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        num_tokens: int,
+        num_classes: int,
+        num_branches: int = 1,
+        hidden_size: int = 768,
+        depth: int = 24,
+        num_heads: int = 16,
+        mlp_size: int = 3072,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        class_dropout: float = 0.1,
+        order_anneal: tuple[float, float] = (0.5, 0.75),
+        extra_positions: int = 1024,
+        extra_timesteps: int = 100,
+        checkpoint_blocks: bool = False,
+    ):
+        super().__init__(codebook_size, num_branches, num_tokens, num_classes)
+        for name, value, low in (
+            ("hidden_size", hidden_size, 1),
+            ("depth", depth, 1),
+            ("num_heads", num_heads, 1),
+            ("mlp_size", mlp_size, 1),
+            ("extra_positions", extra_positions, 2),
+            ("extra_timesteps", extra_timesteps, 2),
+        ):
+            if value < low:
+                raise ConfigError(f"generator.{name}={value} must be at least {low}")
+        if hidden_size % num_heads:
+            raise ConfigError(
+                f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}"
+            )
+        for name, value in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
+        if not 0 <= class_dropout <= 1:
+            raise ConfigError(f"generator.class_dropout={class_dropout} is outside [0, 1]; it is a share")
+        if len(order_anneal) != 2 or not 0 <= order_anneal[0] <= order_anneal[1] <= 1:
+            raise ConfigError(
+                f"generator.order_anneal={list(order_anneal)} must be [start, end] with "
+                "0 <= start <= end <= 1, shares of training"
+            )
+        self.class_dropout, self.order_anneal = class_dropout, tuple(order_anneal)
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.checkpoint_blocks = checkpoint_blocks
+        token_ids = num_branches * codebook_size
+        self.first_class_id, self.none_id = token_ids + 1, token_ids + 1 + num_classes
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens + extra_positions, hidden_size))
+        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, num_tokens + extra_positions, hidden_size))
+        self.timesteps_embeddings = nn.Parameter(torch.empty(1, num_tokens + extra_timesteps, hidden_size))
+        self.embeddings = nn.Embedding(self.none_id + 1, hidden_size)
+        self.blocks = nn.ModuleList(
+            AdaptiveBlock(hidden_size, num_heads, mlp_size, dropout, attention_dropout) for _ in range(depth)
+        )
+        self.adaln_before_head = AdaptiveNorm(hidden_size)
+        self.lm_head = nn.Linear(hidden_size, token_ids)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.trunc_normal_(self.embeddings.weight, std=0.02)
+        linears = [self.lm_head]
+        for block in self.blocks:
+            linears += [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
+        for linear in linears:  # the adaptive projections stay at zero
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def condition_ids(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Ids of the embedding table for labels.
+
+        Args:
+            labels: (B,) int64 in [0, num_classes).
+            dropped: (B,) bool; True: no condition.
+
+        Returns:
+            (B,) int64.
+        """
+        ids = labels + self.first_class_id
+        return ids if dropped is None else torch.where(dropped, self.none_id, ids)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Sum over branches of the embeddings of tokens: (B, P, N) int64 -> (B, N, d)."""
+        if self.num_branches == 1:
+            return self.embeddings(tokens[:, 0])
+        first = torch.arange(self.num_branches, device=tokens.device) * self.codebook_size
+        return self.embeddings(tokens + first[:, None]).sum(1)
+
+    def conditioning(self, conditions: Tensor, length: int) -> Tensor:
+        """Vector that modulates each position: class embedding + step embedding.
+
+        Args:
+            conditions: (B,) int64 from `condition_ids`.
+            length: N; positions 0 .. N - 1, of which 0 is cls.
+
+        Returns:
+            (B, N, d).
+        """
+        return self.embeddings(conditions)[:, None] + self.timesteps_embeddings[:, :length]
+
+    def head(self, x: Tensor) -> Tensor:
+        """(..., d) normalised features -> (..., P, K) logits."""
+        return self.lm_head(x).unflatten(-1, (self.num_branches, self.codebook_size))
+
+    def sequence(self, tokens: Tensor, conditions: Tensor, orders: Tensor) -> Tensor:
+        """Input of the first block; arguments as in `forward`, orders not None. Returns (B, n + 2, d)."""
+        batch, _, length = tokens.shape
+        content = torch.cat(
+            [
+                self.cls_token.expand(batch, -1, -1),
+                self.embeddings(conditions)[:, None],
+                self.embed_tokens(tokens),
+            ],
+            1,
+        )
+        prefix = self.pos_embed[0, :2].expand(batch, -1, -1)
+        position = torch.cat([prefix, self.pos_embed[0][orders[:, :length] + 2]], 1)
+        # from the condition on, each position is told the place of the token it predicts; cls predicts
+        # nothing, nor does the last token of a complete sequence
+        target = self.target_aware_pos_embed[0][orders[:, : length + 1] + 2]
+        target = F.pad(target, (0, 0, 1, length + 1 - target.shape[1]))
+        return content + position + target
+
+    def forward(self, tokens: Tensor, conditions: Tensor, orders: Tensor | None = None) -> Tensor:
+        """Logits of every next token; the plain pass without a cache.
+
+        Args:
+            tokens: (B, P, n) int64, the first n <= L tokens in prediction order.
+            conditions: (B,) int64 from `condition_ids`.
+            orders: (B, L) int64 permutations: the k-th token of `tokens` belongs to place orders[b, k] of the
+                image. None: raster.
+
+        Returns:
+            (B, n + 1, P, K); row k predicts the k-th token. Row L, after a complete sequence, has no meaning.
+        """
+        batch, _, length = tokens.shape
+        if orders is None:
+            orders = raster_orders(batch, self.num_tokens, tokens.device)
+        x = self.sequence(tokens, conditions, orders)
+        activated = F.silu(self.conditioning(conditions, length + 2))
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, activated, use_reentrant=False)
+            else:
+                x = block(x, activated)
+        return self.head(self.adaln_before_head(x[:, 1:], activated[:, 1:]))
+
+    def loss_in_order(self, tokens: Tensor, conditions: Tensor, orders: Tensor) -> dict[str, Tensor]:
+        """Mean cross-entropy of the tokens in given orders; nothing is drawn here but dropout.
+
+        Args:
+            tokens: (B, P, L) int64, in raster order.
+            conditions: (B,) int64 from `condition_ids`.
+            orders: (B, L) int64 permutations.
+
+        Returns:
+            "loss" and "accuracy", float32 scalars.
+        """
+        targets = permute(tokens, orders)
+        # the last token predicts nothing, so it isn't fed
+        logits = self.forward(targets[:, :, :-1], conditions, orders).transpose(1, 2)  # (B, P, L, K)
+        with torch.autocast(tokens.device.type, enabled=False):
+            loss = F.cross_entropy(logits.float().flatten(0, 2), targets.flatten())
+        return {"loss": loss, "accuracy": (logits.detach().argmax(-1) == targets).float().mean()}
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        progress: float = 1.0,
+        rng: SampleRng | torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """See `Generator.loss`. Random orders and dropped labels in training mode only.
+
+        Streams of `rng`: "class_dropout", "order/random", "order/permutation". Ranges are checked where that
+        costs no synchronisation, on the CPU.
+        """
+        batch, device = len(labels), tokens.device
+        if device.type == "cpu":
+            self.check_labels(labels)
+            self.check_tokens(tokens, batch)
+        if not self.training:
+            return self.loss_in_order(
+                tokens, self.condition_ids(labels), raster_orders(batch, self.num_tokens, device)
+            )
+        draws = as_sample_rng(rng, batch, device)
+        dropped = draws.uniform("class_dropout").to(device) < self.class_dropout
+        orders = sample_orders(
+            draws, batch, self.num_tokens, random_ratio(progress, *self.order_anneal), device
+        )
+        return self.loss_in_order(tokens, self.condition_ids(labels, dropped), orders)
+
+    def generate(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        *,
+        teacher: Tensor | None = None,
+        keep: Tensor | None = None,
+        rng: Rng = None,
+    ) -> Tensor:
+        """See `Generator.generate`. Raster order; each step feeds one position (`rar_decoder`)."""
+        self.check_labels(labels)
+        self.check_teacher(teacher, keep, len(labels))
+        return generate_raster(self, labels, sampling, teacher, keep, rng)
