@@ -1,0 +1,104 @@
+"""Crops and flips on PIL images. Random ones draw from a generator of the sample's own."""
+
+import random
+from collections.abc import Callable
+
+from PIL import Image
+
+from tessera.errors import ConfigError
+
+Crop = Callable[[Image.Image, int], Image.Image]
+
+
+def _shrink(image: Image.Image, size: int) -> Image.Image:
+    """Resize to a shorter side of `size`: BOX halvings while it is at least twice as long, then bicubic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.BICUBIC)
+
+
+def _cut(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
+    return image.crop((left, top, left + size, top + size))
+
+
+def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop of openai/guided-diffusion, used by XQ-GAN, RobusTok, LlamaGen and RAR."""
+    image = _shrink(image, size)
+    return _cut(image, (image.width - size) // 2, (image.height - size) // 2, size)
+
+
+def random_crop_adm(
+    image: Image.Image, size: int, rng: random.Random, min_fraction: float = 0.8, max_fraction: float = 1.0
+) -> Image.Image:
+    """Random crop of openai/guided-diffusion: a random shorter side, then a random position.
+
+    The shorter side is uniform in [ceil(size / max_fraction), ceil(size / min_fraction)]; draws come in the order
+    shorter side, top, left.
+    """
+    smallest, largest = -(-size // max_fraction), -(-size // min_fraction)
+    image = _shrink(image, rng.randrange(int(smallest), int(largest) + 1))
+    top = rng.randrange(image.height - size + 1)
+    left = rng.randrange(image.width - size + 1)
+    return _cut(image, left, top, size)
+
+
+def _resize_shorter(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    """Resize to a shorter side of `side`, the longer one truncated, as torchvision's Resize does."""
+    width, height = image.size
+    target = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    return image.resize(target, resample=resample)
+
+
+def _center(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop with torchvision's rounding of the offset (half to even)."""
+    return _cut(image, round((image.width - size) / 2.0), round((image.height - size) / 2.0), size)
+
+
+def center_crop_bicubic(image: Image.Image, size: int) -> Image.Image:
+    """Bicubic resize of the shorter side, then centre crop (TiTok, MaskGIT)."""
+    return _center(_resize_shorter(image, size, Image.BICUBIC), size)
+
+
+def center_crop_bilinear(image: Image.Image, size: int) -> Image.Image:
+    """Bilinear resize of the shorter side, then centre crop."""
+    return _center(_resize_shorter(image, size, Image.BILINEAR), size)
+
+
+def center_crop_var(image: Image.Image, size: int) -> Image.Image:
+    """Lanczos resize of the shorter side to round(1.125 size), then centre crop (VAR)."""
+    return _center(_resize_shorter(image, round(1.125 * size), Image.LANCZOS), size)
+
+
+def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
+    """Four corners and centre of the centre crop to int(1.1 size), then the same of its mirror image (RAR)."""
+    large = center_crop_adm(image, int(1.1 * size))
+    crops = []
+    for view in (large, large.transpose(Image.FLIP_LEFT_RIGHT)):
+        end = view.width - size
+        middle = round(end / 2.0)
+        crops += [
+            _cut(view, left, top, size)
+            for left, top in ((0, 0), (end, 0), (0, end), (end, end), (middle, middle))
+        ]
+    return crops
+
+
+CENTER_CROPS: dict[str, Crop] = {
+    "adm": center_crop_adm,
+    "bicubic": center_crop_bicubic,
+    "bilinear": center_crop_bilinear,
+    "var": center_crop_var,
+}
+
+
+def center_crop(name: str) -> Crop:
+    """The centre crop of that id; ConfigError for an unknown one."""
+    if name not in CENTER_CROPS:
+        raise ConfigError(f"data.dataset.crop={name!r} is unknown; choose one of {', '.join(CENTER_CROPS)}")
+    return CENTER_CROPS[name]
+
+
+def sample_random(seed: int, epoch: int, index: int) -> random.Random:
+    """The augmentation's generator: a function of (seed, epoch, index), whatever the worker or the order."""
+    return random.Random(f"{seed}/{epoch}/{index}")
