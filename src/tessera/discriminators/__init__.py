@@ -1,0 +1,5 @@
+"""Discriminators: images to logits."""
+
+from tessera.discriminators.patchgan import PatchGAN
+
+__all__ = ["PatchGAN"]

@@ -1,0 +1,45 @@
+"""Which parameters weight decay applies to."""
+
+from typing import Any
+
+from torch import nn
+
+from tessera.errors import ConfigError
+
+RULES = ("explicit", "public", "all")
+# parts of names that the published trainings of RAR and TiTok exclude, matched case-sensitively
+PUBLIC_PARTS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
+
+
+def decayed_names(module: nn.Module, rule: str = "explicit") -> set[str]:
+    """Names of the trainable parameters that weight decay applies to.
+
+    Args:
+        module: whose parameters.
+        rule: "explicit": the weights of linear and convolution layers. "public": at least two dimensions and no part
+            of PUBLIC_PARTS in the name, as the published trainings of RAR and TiTok do (which decays `cls_token` but,
+            as its name contains "ln", not `adaln_before_head`). "all": everything, as XQ-GAN does.
+
+    Source: bytedance/1d-tokenizer, scripts/train_rar.py, for "public".
+    """
+    if rule not in RULES:
+        raise ConfigError(f"stage.decay_rule={rule!r} is unknown; choose one of {', '.join(RULES)}")
+    parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    if rule == "all":
+        return set(parameters)
+    if rule == "public":
+        return {name for name, p in parameters.items() if p.ndim >= 2 and not any(x in name for x in PUBLIC_PARTS)}
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    weights = {f"{prefix}.weight".lstrip(".") for prefix, layer in module.named_modules() if isinstance(layer, layers)}
+    return weights & set(parameters)
+
+
+def decay_groups(module: nn.Module, weight_decay: float, rule: str = "explicit") -> list[dict[str, Any]]:
+    """Optimizer parameter groups: the decayed parameters, then the others with weight decay 0; empty ones left out."""
+    decayed = decayed_names(module, rule)
+    named = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
+    groups = [
+        {"params": [value for name, value in named if name in decayed], "weight_decay": weight_decay},
+        {"params": [value for name, value in named if name not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

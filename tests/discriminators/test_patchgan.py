@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from forked import run_forked
+from golden_cases import assert_close, golden
+from tessera.discriminators import PatchGAN
+from tessera.errors import ConfigError, DataError
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["xqgan_disc_patchgan"])
+def test_patchgan(case):
+    data = golden(case)
+    options = data.config
+    model = PatchGAN(options["input_nc"], options["ndf"], options["n_layers"])
+    model.load_state_dict(data.weights, strict=True)
+    (images,) = data.input.values()
+    assert_close(model.eval()(images), data.output["logits_eval"])
+    assert_close(model.train()(images), data.output["logits_train"])
+    running = {k.removeprefix("after_train/"): v for k, v in data.output.items() if k.startswith("after_train/")}
+    assert running
+    for name, expected in running.items():
+        assert_close(model.state_dict()[name], expected)
+
+
+def build():
+    torch.manual_seed(0)
+    return PatchGAN(3, 4, 2).double()
+
+
+def joint_batch():
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+
+
+def _on_rank(rank, world):
+    model = build()
+    images = joint_batch()
+    share = images[rank * 3 : rank * 3 + 3].clone().requires_grad_()
+    logits = model(share)
+    logits.square().sum().backward()
+    return (
+        logits.detach().tolist(),
+        [p.grad.tolist() for p in model.parameters()],
+        model.main[3].running_var.tolist(),
+        share.grad.tolist(),
+    )
+
+
+def test_batch_statistics_cover_all_processes():
+    model, images = build(), joint_batch().requires_grad_()
+    logits = model(images)
+    logits.square().sum().backward()
+    (first, grads0, var0, x0), (second, grads1, var1, x1) = run_forked(_on_rank)
+    torch.testing.assert_close(torch.tensor(first + second).double(), logits.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(x0 + x1).double(), images.grad, atol=1e-4, rtol=1e-4)
+    assert var0 == var1
+    torch.testing.assert_close(torch.tensor(var0).double(), model.main[3].running_var, atol=1e-5, rtol=1e-5)
+    for a, b, expected in zip(grads0, grads1, model.parameters(), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(a).double() + torch.tensor(b).double(), expected.grad, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_small_images_are_refused():
+    assert PatchGAN(3, 4, 2)(torch.zeros(1, 3, 12, 12)).shape == (1, 1, 1, 1)
+    with pytest.raises(DataError, match=r"discriminator\.num_layers=3, which needs 24"):
+        PatchGAN(3, 4, 3)(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ConfigError, match=r"discriminator\.num_layers=0"):
+        PatchGAN(num_layers=0)
