@@ -1,20 +1,26 @@
 """What happens besides training: figures, pictures, averaged weights, resuming."""
 
 from tessera.callbacks.codebook_report import CodebookReport
+from tessera.callbacks.ema import EMA
 from tessera.callbacks.generation_fid import GenerationFID
+from tessera.callbacks.graceful_stop import GracefulStop
 from tessera.callbacks.image_grid import ImageGrid
 from tessera.callbacks.perturbed_fid import PerturbedFID
 from tessera.callbacks.progress import PlainProgress, progress_display
 from tessera.callbacks.reconstruction_fid import ReconstructionFID
 from tessera.callbacks.reconstruction_quality import ReconstructionQuality
+from tessera.callbacks.resume_state import ResumeState
 
 __all__ = [
+    "EMA",
     "CodebookReport",
     "GenerationFID",
+    "GracefulStop",
     "ImageGrid",
     "PerturbedFID",
     "PlainProgress",
     "ReconstructionFID",
     "ReconstructionQuality",
+    "ResumeState",
     "progress_display",
 ]

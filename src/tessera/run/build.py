@@ -48,6 +48,8 @@ def prepare(cfg: DictConfig) -> Path:
         OmegaConf.update(cfg, "paths.run", HydraConfig.get().runtime.output_dir)
         OmegaConf.update(cfg, "name", cfg.name)  # freeze what is interpolated from Hydra's own node
     torch.set_num_threads(int(cfg.num_threads))
+    # hardware lists and tips; what matters to a run comes through its own log lines
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(int(cfg.seed), workers=True, verbose=False)
     run = Path(cfg.paths.run)
     run.mkdir(parents=True, exist_ok=True)

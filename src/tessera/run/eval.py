@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tessera.callbacks import GenerationFID
 from tessera.distributed import rank
 from tessera.run.build import build_trainer, make, prepare, read_checkpoint
 from tessera.run.load import check_token_space, load_generator, load_tokenizer
@@ -29,12 +30,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What `results.json` in the run folder holds.
     """
-    check_config(cfg)
+    check_config(cfg, "eval")
     adopt_training_config(cfg)
     run = prepare(cfg)
     record = save_record(cfg, run)
     stage = build_evaluation(cfg)
     callbacks = [callback for callback in (make(node) for node in (cfg.callbacks or {}).values()) if callback]
+    if stage.generator is None:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, GenerationFID)]
     datamodule = make(cfg.data)(serve="images")
     trainer = build_trainer(cfg, callbacks)
     start = time.perf_counter()

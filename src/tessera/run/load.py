@@ -44,8 +44,7 @@ def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Pat
         if averaged is None:
             log.info("%s has no averaged weights; using the raw ones", path)
         for part, values in (averaged or {}).items():
-            inner = "" if part == name else f"{part}."
-            state.update({f"{inner}{key}": value for key, value in values.items()})
+            state.update({f"{part}.{key}".removeprefix(prefix): value for key, value in values.items()})
     module = make(architecture)
     _strict_load(module, state, path)
     module.architecture = architecture

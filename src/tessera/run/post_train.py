@@ -31,7 +31,7 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What `results.json` holds: the figures of the decoder before training, and of the raw and averaged ones after.
     """
-    check_config(cfg)
+    check_config(cfg, "post_train")
     run = prepare(cfg)
     tokenizer, generator = make(cfg.tokenizer), make(cfg.generator)
     check_token_space(generator, tokenizer, cfg.tokenizer.path)

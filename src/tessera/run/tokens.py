@@ -138,6 +138,7 @@ def build_tokens(source: TokenSource, device: torch.device | str = "cpu") -> Pat
         encode,
         tokenizer_fingerprint=source.tokenizer.fingerprint(),
         codebook_size=source.tokenizer.quantizer.codebook_size,
+        shape=(source.tokenizer.quantizer.num_branches, source.tokenizer.quantizer.num_tokens),
         views=source.views,
         extra=source.extra,
         batch_size=source.batch_size,

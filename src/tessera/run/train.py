@@ -20,7 +20,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Returns:
         What `results.json` in the run folder holds.
     """
-    check_config(cfg)
+    check_config(cfg, "train")
     run = prepare(cfg)
     if cfg.get("generator") is None:
         return train_tokenizer(cfg, run)

@@ -1,0 +1,120 @@
+"""Decoder post-training: the decoder learns to make real images of a generator's tokens."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tessera.errors import CheckpointError, ConfigError
+from tessera.stages.base import Unregistered
+from tessera.stages.reconstruction import ReconstructionStage
+
+SOURCES = ("tokens", "reencode")
+
+
+class DecoderPostTraining(ReconstructionStage):
+    """Trains `post_quant_conv` and the decoder on generated tokens against the real images they were made from.
+
+    Encoder, `quant_conv` and codebook are frozen, in eval mode, and verified to stay bit-identical, so that the tokens
+    a generator was trained on keep their meaning and the checkpoint stays an ordinary tokenizer's.
+
+    Args:
+        source: "tokens" decodes the generated tokens, as sampling does. "reencode" decodes them with the original
+            decoder, encodes that image again and decodes its tokens, as the public code does.
+        clean_share: probability that an image's own tokens are decoded instead, to protect reconstruction.
+        discriminator_warmup_steps: steps that train the discriminator alone before the decoder's training starts,
+            for one that isn't loaded from the main training. They don't count as global steps.
+        **shared: see `ReconstructionStage`.
+
+    Raises:
+        ConfigError: values out of range.
+
+    Source: RobusTok (arXiv:2509.12474), section 4; it differs from the public script where that lets encoder tokens,
+        `quant_conv` and codebook drift.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str = "tokens",
+        clean_share: float = 0.0,
+        discriminator_warmup_steps: int = 0,
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        if source not in SOURCES:
+            raise ConfigError(f"stage.source={source!r} is unknown; choose one of {', '.join(SOURCES)}")
+        if not 0 <= clean_share <= 1:
+            raise ConfigError(f"stage.clean_share={clean_share} is outside [0, 1]")
+        if discriminator_warmup_steps < 0:
+            raise ConfigError(f"stage.discriminator_warmup_steps={discriminator_warmup_steps} must not be negative")
+        self.source, self.clean_share = source, clean_share
+        self.discriminator_warmup_steps = discriminator_warmup_steps if self.discriminator is not None else 0
+        self.register_buffer("warmup_done", torch.zeros((), dtype=torch.int64))
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
+        self.token_space = self.tokenizer.fingerprint()
+        self._original = Unregistered(copy.deepcopy(self.tokenizer) if source == "reencode" else None)
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """The modules that define the tokens."""
+        return [self.tokenizer.encoder, self.tokenizer.quant_conv, self.tokenizer.quantizer]
+
+    def averaged_modules(self) -> dict[str, nn.Module]:
+        return {f"tokenizer.{name}": module for name, module in self.tokenizer.decoder_modules().items()}
+
+    def discriminator_steps(self) -> int:
+        return self.total_steps + self.discriminator_warmup_steps
+
+    def train(self, mode: bool = True) -> "DecoderPostTraining":
+        """The frozen parts stay in eval mode."""
+        super().train(mode)
+        for part in self.frozen_parts():
+            part.eval()
+        return self
+
+    def decoded_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """The tokens (B, P, L) that this batch trains the decoder on."""
+        tokens = batch["tokens"]
+        with torch.no_grad():
+            if self.source == "reencode":
+                original = self._original.get(self.device)
+                again = original.tokenize(original.detokenize(tokens))
+                self.log("train/reencoded_agreement", (again == tokens).float().mean())
+                tokens = again
+            if self.clean_share:
+                clean = self.sample_rng(batch).uniform("post_training/clean") < self.clean_share
+                tokens = torch.where(clean[:, None, None], self.tokenizer.tokenize(batch["image"]), tokens)
+        return tokens
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        images = batch["image"]
+        with torch.no_grad():
+            z_q = self.tokenizer.quantizer.decode(self.decoded_tokens(batch))
+        step = self.open_window()
+        self.log_rates(["decoder", "discriminator"])
+        if self.discriminator_warmup_steps and int(self.warmup_done) < self.discriminator_warmup_steps:
+            with torch.no_grad():
+                reconstruction = self.tokenizer.decode(z_q)
+            self.discriminator_step(reconstruction, images, step)
+            self.warmup_done += int(step)
+            return
+        reconstruction = self.tokenizer.decode(z_q)
+        adversarial = self.discriminator is not None
+        self.generator_step(reconstruction, images, {}, adversarial, step)
+        if adversarial:
+            self.discriminator_step(reconstruction, images, step)
+
+    def check_token_space(self) -> None:
+        """CheckpointError where encoder or codebook are not bit-identical to the start."""
+        if self.tokenizer.fingerprint() != self.token_space:
+            raise CheckpointError(
+                "the tokenizer's encoder or codebook changed during post-training, so existing tokens lost their meaning"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_token_space()
+
+    def on_fit_end(self) -> None:
+        self.check_token_space()

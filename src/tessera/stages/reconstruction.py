@@ -1,0 +1,167 @@
+"""What the two stages share that train a decoder: pixel, perceptual and adversarial losses, in two optimizer steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tessera.errors import ConfigError
+from tessera.losses import LPIPS, AdversarialLoss, LeCam, balanced_gradient, pixel_loss
+from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, Unregistered, merged_weights
+from tessera.tokenizers import Tokenizer
+
+# a power of two: exact in every precision, and keeps half-precision gradients of mean losses from vanishing
+GRADIENT_SCALE = 2.0**10
+
+
+def gradient_at(loss: Tensor, images: Tensor) -> Tensor:
+    """d loss / d images, float32."""
+    return torch.autograd.grad(loss * GRADIENT_SCALE, images)[0].float() / GRADIENT_SCALE
+
+
+class ReconstructionStage(Stage):
+    """A stage that trains a decoder against real images.
+
+    Args:
+        tokenizer: whose decoder is trained.
+        optimizer, scheduler: factories, called with the parameters, and with (optimizer, steps).
+        discriminator: images -> logits; None trains without an adversarial loss.
+        discriminator_optimizer, discriminator_scheduler: its own; None: as the tokenizer's.
+        perceptual: (x, y) -> (B,) distances, frozen; kept out of checkpoints. None: off.
+        adversarial: the pair of GAN losses; None: hinge.
+        reconstruction_loss: mse or l1.
+        loss_weights: replaces some of the stage's default weights, by name.
+        use_adaptive_weight: multiply the adversarial weight by the ratio of gradient norms at the last layer.
+        gradient_clip, accumulate_grad_batches, seed: see `Stage`.
+    """
+
+    default_weights: dict[str, float] = {"reconstruction": 1.0, "perceptual": 1.0, "adversarial": 0.5, "lecam": 0.001}
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory,
+        discriminator: nn.Module | None = None,
+        discriminator_optimizer: OptimizerFactory | None = None,
+        discriminator_scheduler: SchedulerFactory | None = None,
+        perceptual: LPIPS | None = None,
+        adversarial: AdversarialLoss | None = None,
+        reconstruction_loss: str = "mse",
+        loss_weights: dict[str, float] | None = None,
+        use_adaptive_weight: bool = True,
+        gradient_clip: float | None = None,
+        accumulate_grad_batches: int = 1,
+        seed: int = 0,
+    ):
+        super().__init__(gradient_clip, accumulate_grad_batches, seed)
+        self.tokenizer, self.discriminator = tokenizer, discriminator
+        self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
+        self.discriminator_optimizer_factory = discriminator_optimizer or optimizer
+        self.discriminator_scheduler_factory = discriminator_scheduler or scheduler
+        self._perceptual = Unregistered(perceptual)
+        self.adversarial = adversarial or AdversarialLoss()
+        self.pixel_loss = pixel_loss(reconstruction_loss)
+        self.weights = merged_weights(self.default_weights, loss_weights)
+        self.use_adaptive_weight = use_adaptive_weight
+        self.lecam = LeCam() if discriminator is not None else None
+        if discriminator is not None and tokenizer.resolution < getattr(discriminator, "min_size", 0):
+            raise ConfigError(
+                f"data.dataset.resolution={tokenizer.resolution} is too small for the discriminator, which needs "
+                f"{discriminator.min_size}; lower discriminator.num_layers or choose discriminator=none"
+            )
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the first optimizer updates."""
+        return [p for p in self.tokenizer.parameters() if p.requires_grad]
+
+    def discriminator_steps(self) -> int:
+        """Optimizer steps of the discriminator over the whole training."""
+        return self.total_steps
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [self.optimizer_factory(self.trained_parameters())]
+        schedulers = [self.scheduler_factory(optimizers[0], self.total_steps)]
+        if self.discriminator is not None:
+            optimizers.append(self.discriminator_optimizer_factory(self.discriminator.parameters()))
+            schedulers.append(self.discriminator_scheduler_factory(optimizers[1], max(self.discriminator_steps(), 1)))
+        return optimizers, schedulers
+
+    def on_fit_start(self) -> None:
+        scaled = self.trainer.precision in ("16-mixed", "16")
+        if scaled and self.accumulate_grad_batches > 1 and self.discriminator is not None:
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision} with stage.accumulate_grad_batches > 1 and a discriminator "
+                "would mix gradients of different loss scales; use trainer.precision=bf16-mixed"
+            )
+
+    def image_losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Unweighted reconstruction and perceptual losses, float32."""
+        losses = {"reconstruction": self.pixel_loss(images, targets)}
+        perceptual = self._perceptual.get(self.device)
+        if perceptual is not None:
+            losses["perceptual"] = perceptual(images, targets).mean()
+        return losses
+
+    def generator_step(
+        self, reconstruction: Tensor, targets: Tensor, others: dict[str, Tensor], adversarial: bool, step: bool
+    ) -> None:
+        """Update the tokenizer.
+
+        Args:
+            reconstruction: (B, 3, H, W) decoder output with its graph.
+            targets: (B, 3, H, W) real images.
+            others: further unweighted losses, weighted by name.
+            adversarial: whether the discriminator takes part.
+            step: whether the optimizer steps after this batch.
+        """
+        reconstruction = reconstruction.float()
+        images = reconstruction.detach().requires_grad_()
+        losses = self.image_losses(images, targets)
+        likelihood = sum(self.weights[name] * value for name, value in losses.items())
+        gradient = gradient_at(likelihood, images)
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+            losses["adversarial"] = self.adversarial.generator(self.discriminator(images))
+            adversarial_gradient = gradient_at(losses["adversarial"], images)
+            self.discriminator.requires_grad_(True)
+            gradient, factor = balanced_gradient(
+                reconstruction,
+                gradient,
+                adversarial_gradient,
+                self.tokenizer.last_layer,
+                self.weights["adversarial"],
+                self.use_adaptive_weight,
+            )
+            self.log("train/adaptive_weight", factor)
+        self.log_losses({**losses, **others})
+        total = (reconstruction * gradient).sum()
+        for name, value in others.items():
+            total = total + self.weights[name] * value
+        self.backward_and_step(total, 0, step)
+
+    def discriminator_step(self, fake: Tensor, real: Tensor, step: bool) -> None:
+        """Update the discriminator on detached reconstructions and real images (B, 3, H, W)."""
+        fake_logits, real_logits = self.discriminator(fake.detach().float()), self.discriminator(real)
+        losses = {
+            "discriminator": self.adversarial.discriminator(real_logits, fake_logits),
+            "lecam": self.lecam(real_logits, fake_logits),
+        }
+        self.log_losses(losses)
+        self.log_dict(
+            {
+                "train/logits_real": real_logits.detach().float().mean(),
+                "train/logits_fake": fake_logits.detach().float().mean(),
+            }
+        )
+        total = losses["discriminator"] + self.weights["lecam"] * losses["lecam"]
+        self.backward_and_step(self.weights["adversarial"] * total, 1, step)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
+        """Clean reconstruction; what the figure callbacks read."""
+        images = batch["image"]
+        output = self.tokenizer(images)
+        losses = {**self.image_losses(output.reconstruction.float(), images), **output.losses}
+        for name, value in losses.items():
+            self.log(f"val/loss/{name}", value, batch_size=len(images), sync_dist=True, on_epoch=True)
+        return {"reconstruction": output.reconstruction.clamp(-1, 1), "tokens": output.tokens, "z": output.z}
