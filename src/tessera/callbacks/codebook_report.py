@@ -72,6 +72,4 @@ def log_histograms(trainer: lightning.Trainer, key: str, counts: Tensor) -> None
     for logger in trainer.loggers:
         if hasattr(logger.experiment, "add_histogram"):
             for branch, per_scale in enumerate(counts):
-                logger.experiment.add_histogram(
-                    f"{key}/counts_branch{branch}", per_scale.sum(0), trainer.global_step
-                )
+                logger.experiment.add_histogram(f"{key}/counts_branch{branch}", per_scale.sum(0), trainer.global_step)

@@ -42,7 +42,7 @@ class EMA(Callback):
             )
         if decay is not None and not 0 <= decay < 1:
             raise ConfigError(f"callbacks.ema.decay={decay} is outside [0, 1)")
-        if given[0] <= 0 and decay is None or every_n_steps < 1:
+        if (given[0] <= 0 and decay is None) or every_n_steps < 1:
             raise ConfigError("callbacks.ema: a half-life must be positive and every_n_steps at least 1")
         self.decay, self.half_life_steps, self.half_life_fraction = decay, half_life_steps, half_life_fraction
         self.every_n_steps = every_n_steps

@@ -92,14 +92,10 @@ class FigureCallback(Callback):
         commit = self.measure(trainer, pl_module, outputs if isinstance(outputs, dict) else {}, batch)
         if commit is not None:
             if "index" not in batch:
-                raise DataError(
-                    f"{type(self).__name__} needs batches with `index`, the data set index of each sample"
-                )
+                raise DataError(f"{type(self).__name__} needs batches with `index`, the data set index of each sample")
             self.samples.add(batch["index"], commit)
 
-    def on_validation_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self.active:
             return
         self.samples.finish()

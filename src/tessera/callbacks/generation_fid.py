@@ -69,9 +69,7 @@ class GenerationFID(FigureCallback):
     ):
         super().__init__(every_n_validations, prefix)
         if num_samples is None and tokens is None:
-            raise ConfigError(
-                "callbacks.gfid.num_samples is needed unless callbacks.gfid.tokens gives a token file"
-            )
+            raise ConfigError("callbacks.gfid.num_samples is needed unless callbacks.gfid.tokens gives a token file")
         if num_samples is not None and num_samples < 2:
             raise ConfigError(f"callbacks.gfid.num_samples={num_samples} must be at least 2")
         if batch_size < 1:
@@ -79,9 +77,7 @@ class GenerationFID(FigureCallback):
         if tokens is not None and not Path(tokens).is_file():
             raise MissingFileError(f"callbacks.gfid.tokens={tokens} does not exist")
         if tokens is not None and save_tokens is not None:
-            raise ConfigError(
-                "callbacks.gfid.save_tokens has nothing to save when callbacks.gfid.tokens is given"
-            )
+            raise ConfigError("callbacks.gfid.save_tokens has nothing to save when callbacks.gfid.tokens is given")
         if reference is not None:
             # early, so that a wrong file is found before training
             Statistics.load(reference, extractor.identity)
@@ -134,9 +130,7 @@ class GenerationFID(FigureCallback):
             samples=fake.n,
             extra=extra,
         )
-        return [
-            Figure("gFID", value, protocol, {"expected_bias": expected_bias(fake.sigma, fake.n, reference.n)})
-        ]
+        return [Figure("gFID", value, protocol, {"expected_bias": expected_bias(fake.sigma, fake.n, reference.n)})]
 
     def _batches(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -173,9 +167,7 @@ class GenerationFID(FigureCallback):
             self._reference_dataset(trainer), "num_classes", None
         )
         if not found:
-            raise ConfigError(
-                "callbacks.gfid can't tell the number of classes: the generator has no `num_classes`"
-            )
+            raise ConfigError("callbacks.gfid can't tell the number of classes: the generator has no `num_classes`")
         return int(found)
 
     def _gather(self, kept: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -75,7 +75,9 @@ class GracefulStop(Callback):
         trainer.save_checkpoint(path)
         trainer.should_stop = True
         trainer.limit_val_batches = 0  # stop now, not after a validation
-        log.warning("stopped by %s at step %d; continue with ckpt=auto (%s)", self.stopped_by, trainer.global_step, path)
+        log.warning(
+            "stopped by %s at step %d; continue with ckpt=auto (%s)", self.stopped_by, trainer.global_step, path
+        )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._restore()

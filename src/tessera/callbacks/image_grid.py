@@ -140,9 +140,7 @@ class ImageGrid(FigureCallback):
             neighbors = quantizer.neighbors(z, delta)
             nearest = neighbors[..., 0]
             site, rank = site_draws(0, index.to(images.device), *nearest.shape[1:])
-            return tokenizer.detokenize(
-                perturb_tokens(nearest, neighbors, site, ranks(rank, delta), self.alpha)
-            )
+            return tokenizer.detokenize(perturb_tokens(nearest, neighbors, site, ranks(rank, delta), self.alpha))
 
     @torch.no_grad()
     def finish(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> list[Figure]:

@@ -81,9 +81,7 @@ class PerturbedFID(FigureCallback):
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
             raise ConfigError(f"callbacks.pfid.alphas={list(alphas)} must be one or more numbers in [0, 1]")
         if deltas is not None and (not deltas or not all(int(delta) == delta >= 1 for delta in deltas)):
-            raise ConfigError(
-                f"callbacks.pfid.deltas={list(deltas)} must be one or more whole numbers from 1 up"
-            )
+            raise ConfigError(f"callbacks.pfid.deltas={list(deltas)} must be one or more whole numbers from 1 up")
         self.extractor, self.seed = extractor, seed
         self.alphas, self.given_deltas = tuple(alphas), None if deltas is None else tuple(deltas)
         self.deltas: tuple[int, ...] = ()
@@ -96,9 +94,7 @@ class PerturbedFID(FigureCallback):
         codebook_size = pl_module.tokenizer.quantizer.codebook_size
         self.deltas = self.given_deltas or scaled_deltas(codebook_size)
         if max(self.deltas) > codebook_size:
-            raise ConfigError(
-                f"callbacks.pfid.deltas={list(self.deltas)} exceed the codebook size {codebook_size}"
-            )
+            raise ConfigError(f"callbacks.pfid.deltas={list(self.deltas)} exceed the codebook size {codebook_size}")
         self.extractor.to(pl_module.device)
         self.real.to(pl_module.device).reset()
         # (1, 1) is the control: every token becomes its nearest code, which gives rFID
@@ -138,9 +134,7 @@ class PerturbedFID(FigureCallback):
             self.real.update(real, real=True, mask=mask, index=batch["index"])
             for metric, fake in zip(self.fakes.values(), features, strict=True):
                 metric.update(fake, real=False, mask=mask, index=batch["index"])
-            self.changed += torch.stack(
-                [rates[:, mask].sum(1), mask.sum().expand(len(rates)).double()], dim=1
-            )
+            self.changed += torch.stack([rates[:, mask].sum(1), mask.sum().expand(len(rates)).double()], dim=1)
 
         return commit
 

@@ -13,9 +13,7 @@ from tessera.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
-def progress_display(
-    every_seconds: float = 30.0, refresh_rate: int = 1, plain: bool | None = None
-) -> ProgressBar:
+def progress_display(every_seconds: float = 30.0, refresh_rate: int = 1, plain: bool | None = None) -> ProgressBar:
     """The progress display that fits where the output goes.
 
     Args:
@@ -64,11 +62,7 @@ class PlainProgress(ProgressBar):
     ) -> None:
         now, step = time.monotonic(), trainer.global_step
         last = step == trainer.max_steps
-        if (
-            not self.enabled
-            or step == self.last_step
-            or not (last or now - self.last_time >= self.every_seconds)
-        ):
+        if not self.enabled or step == self.last_step or not (last or now - self.last_time >= self.every_seconds):
             return
         self.last_time, self.last_step = now, step
         speed = (step - self.start_step) / max(now - self.start_time, 1e-9)
@@ -87,7 +81,5 @@ class PlainProgress(ProgressBar):
 
 
 def _format(values: dict[str, Any]) -> str:
-    shown = [
-        f"{key} {float(value):.4g}" for key, value in sorted(values.items()) if not isinstance(value, str)
-    ]
+    shown = [f"{key} {float(value):.4g}" for key, value in sorted(values.items()) if not isinstance(value, str)]
     return ": " + ", ".join(shown) if shown else ""

@@ -86,9 +86,7 @@ class ImageDataset(Dataset):
 
     def fingerprint(self) -> str:
         """Identity of the images (without augmentation): sha256, 16 hex digits."""
-        return hashlib.sha256(
-            repr([self.name, self.split, self.resolution, *self.facts()]).encode()
-        ).hexdigest()[:16]
+        return hashlib.sha256(repr([self.name, self.split, self.resolution, *self.facts()]).encode()).hexdigest()[:16]
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The fixed crop to the resolution."""
@@ -143,9 +141,7 @@ class ArrayImages(ImageDataset):
         size = (resolution, resolution)
         same = pixels.shape[1:] == size
         self.pixels = (
-            pixels
-            if same
-            else np.stack([np.array(Image.fromarray(p).resize(size, Image.BILINEAR)) for p in pixels])
+            pixels if same else np.stack([np.array(Image.fromarray(p).resize(size, Image.BILINEAR)) for p in pixels])
         )
         self.labels = labels.astype(np.int64)
         self._content = hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
@@ -197,9 +193,7 @@ class FashionMNISTImages(ArrayImages):
         MissingFileError: the files aren't there and `download` is off.
     """
 
-    def __init__(
-        self, split: str, root: str | Path, resolution: int = 32, download: bool = False, seed: int = 0
-    ):
+    def __init__(self, split: str, root: str | Path, resolution: int = 32, download: bool = False, seed: int = 0):
         pixels, labels = read_fashion_mnist(Path(root), split == "train", download)
         super().__init__(pixels, labels, split, resolution, seed, "fashion-mnist", 10)
 
@@ -213,8 +207,7 @@ def read_fashion_mnist(root: Path, train: bool, download: bool) -> tuple[np.ndar
     stems = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
     for folder in (root, root / "FashionMNIST" / "raw"):
         found = [
-            next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
-            for stem in stems
+            next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None) for stem in stems
         ]
         if all(found):
             images, labels = (_plain_copy(path) for path in found)
@@ -288,9 +281,7 @@ class FolderImages(ImageDataset):
                 f"{self.folder} does not exist; set data.dataset.root to a folder with train/ and val/ of class folders"
             )
         self.classes = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
-        self.name = (
-            "imagenet" if num_classes == 1000 and len(self.classes) == 1000 else Path(root).resolve().name
-        )
+        self.name = "imagenet" if num_classes == 1000 and len(self.classes) == 1000 else Path(root).resolve().name
         if num_classes is not None and len(self.classes) > num_classes:
             raise DataError(
                 f"{self.folder} has {len(self.classes)} class folders but data.dataset.num_classes={num_classes}, so labels "
@@ -304,9 +295,7 @@ class FolderImages(ImageDataset):
             self.files += found
             labels += [number] * len(found)
         if not self.files:
-            raise DataError(
-                f"{self.folder} holds no images in class folders; expected {self.folder}/<class>/<image>"
-            )
+            raise DataError(f"{self.folder} holds no images in class folders; expected {self.folder}/<class>/<image>")
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -342,9 +331,7 @@ class FolderImages(ImageDataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, number = key if isinstance(key, tuple) else (0, key)
-        return self._readable(
-            number, lambda candidate: super(FolderImages, self).__getitem__((epoch, candidate))
-        )
+        return self._readable(number, lambda candidate: super(FolderImages, self).__getitem__((epoch, candidate)))
 
     def views(self, number: int, views: str) -> Tensor:
         return self._readable(number, lambda candidate: super(FolderImages, self).views(candidate, views))

@@ -100,9 +100,7 @@ class Manifest:
         try:
             return cls(**json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); delete {folder} to build it again"
-            ) from error
+            raise CheckpointError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
 
 
 def _allocate(path: Path, size: int) -> None:
@@ -139,9 +137,7 @@ def _prepare(folder: Path, wanted: Manifest, chunks: int) -> None:
     if (folder / "manifest.json").exists():
         found = Manifest.read(folder)
         if difference := wanted.difference(found):
-            raise CheckpointError(
-                f"{folder} holds other tokens: {difference}; delete it or choose another folder"
-            )
+            raise CheckpointError(f"{folder} holds other tokens: {difference}; delete it or choose another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
     _allocate(folder / "tokens.bin", wanted.rows * wanted.branches * wanted.length * wanted.dtype.itemsize)
@@ -217,9 +213,7 @@ def build_token_cache(
             found = encode(batch).cpu()
             _check_tokens(found, (len(rows), *shape), codebook_size)
             tokens[rows.start : rows.stop] = found.numpy()
-            labels[rows.start // VIEWS[views] : rows.stop // VIEWS[views]] = batch["label"][
-                :: VIEWS[views]
-            ].numpy()
+            labels[rows.start // VIEWS[views] : rows.stop // VIEWS[views]] = batch["label"][:: VIEWS[views]].numpy()
         tokens.flush()
         labels.flush()
         done[chunk] = 1
@@ -287,9 +281,7 @@ class TokenCache:
                 f"{folder} has format {self.manifest.format}, not {FORMAT}; delete it to build it again"
             )
         if not self.manifest.complete:
-            raise CheckpointError(
-                f"{folder} is not finished; run the command that builds it again to complete it"
-            )
+            raise CheckpointError(f"{folder} is not finished; run the command that builds it again to complete it")
         if tokenizer_fingerprint is not None and self.manifest.tokenizer != tokenizer_fingerprint:
             raise CheckpointError(
                 f"{folder} holds tokens of tokenizer {self.manifest.tokenizer}, not of {tokenizer_fingerprint}; give the "
@@ -312,9 +304,7 @@ class TokenCache:
             path = self.folder / name
             actual = path.stat().st_size if path.exists() else 0
             if actual != max(size, 1):
-                raise CheckpointError(
-                    f"{path} has {actual} bytes instead of {size}; delete {folder} to build it again"
-                )
+                raise CheckpointError(f"{path} has {actual} bytes instead of {size}; delete {folder} to build it again")
         self.tokens, self.labels = _maps(self.folder, self.manifest, "r")
         check_labels(self.labels, self.manifest.num_classes, str(folder))
 

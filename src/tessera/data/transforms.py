@@ -78,8 +78,7 @@ def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
         end = view.width - size
         middle = round(end / 2.0)
         crops += [
-            _cut(view, left, top, size)
-            for left, top in ((0, 0), (end, 0), (0, end), (end, end), (middle, middle))
+            _cut(view, left, top, size) for left, top in ((0, 0), (end, 0), (0, end), (end, end), (middle, middle))
         ]
     return crops
 

@@ -100,7 +100,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(checkpoint, dict) or "tessera" not in checkpoint:
-        raise CheckpointError(f"{path} was not written by Tessera's training; import published weights through tessera.zoo")
+        raise CheckpointError(
+            f"{path} was not written by Tessera's training; import published weights through tessera.zoo"
+        )
     return checkpoint
 
 
@@ -124,7 +126,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     trainer: Callable[..., lightning.Trainer] = hydra.utils.instantiate(
         {**plain(cfg.trainer), "_partial_": True}, _convert_="all"
     )
-    return trainer(callbacks=callbacks, logger=make(cfg.logger) or False, enable_checkpointing=any_checkpoint(callbacks))
+    return trainer(
+        callbacks=callbacks, logger=make(cfg.logger) or False, enable_checkpointing=any_checkpoint(callbacks)
+    )
 
 
 def any_checkpoint(callbacks: list[Callback]) -> bool:

@@ -52,7 +52,14 @@ def run_part(part: Part, seed: int, extra: list[str]) -> dict[str, Any]:
     from tessera.run.results import FILE
     from tessera.run.train import train
 
-    overrides = [f"experiment={part.experiment}", f"name={part.name}", f"seed={seed}", "ckpt=auto", *part.overrides, *extra]
+    overrides = [
+        f"experiment={part.experiment}",
+        f"name={part.name}",
+        f"seed={seed}",
+        "ckpt=auto",
+        *part.overrides,
+        *extra,
+    ]
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose(part.script, overrides=overrides)
     results = Path(cfg.paths.run) / FILE

@@ -38,7 +38,9 @@ def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Pat
     prefix = f"{name}."
     state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     if architecture is None or not state:
-        raise CheckpointError(f"{path} holds no {name}; it is a checkpoint of stage {checkpoint['tessera'].get('stage')!r}")
+        raise CheckpointError(
+            f"{path} holds no {name}; it is a checkpoint of stage {checkpoint['tessera'].get('stage')!r}"
+        )
     if weights == "ema":
         averaged = ema_weights(checkpoint)
         if averaged is None:

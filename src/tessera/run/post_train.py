@@ -38,19 +38,27 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     sampling = make(cfg.sampling)
     images = make(cfg.data.dataset)(split="train")
     source = tokens_of_pairs(
-        Path(cfg.paths.tokens), images, tokenizer, generator, sampling, cfg.pairs.sigma, cfg.pairs.seed, cfg.pairs.batch_size
+        Path(cfg.paths.tokens),
+        images,
+        tokenizer,
+        generator,
+        sampling,
+        cfg.pairs.sigma,
+        cfg.pairs.seed,
+        cfg.pairs.batch_size,
     )
     architecture = {"tokenizer": tokenizer.architecture}
     measure = Measurement(cfg, generator, sampling)
     before = measure(tokenizer)
     stage = make(cfg.stage)(tokenizer=tokenizer)
-    datamodule = make(cfg.data)(
-        serve="pairs", token_cache=source.folder, expected_fingerprint=tokenizer.fingerprint()
-    )
+    datamodule = make(cfg.data)(serve="pairs", token_cache=source.folder, expected_fingerprint=tokenizer.fingerprint())
     results = fit(cfg, run, stage, datamodule, architecture, source)
     if results["stopped_by"] is None:
         after = {weights: measure(load_tokenizer(run / LAST, weights)) for weights in ("raw", "ema")}
-        results = {**results, "figures": {"before": before, **{f"after_{name}": value for name, value in after.items()}}}
+        results = {
+            **results,
+            "figures": {"before": before, **{f"after_{name}": value for name, value in after.items()}},
+        }
         if rank() == 0:
             write_results(run, results)
     return results

@@ -12,7 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from tessera.distributed import rank
 
-PACKAGES = ("tessera", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "timm", "torch-fidelity", "numpy")
+PACKAGES = (
+    "tessera",
+    "torch",
+    "torchvision",
+    "lightning",
+    "hydra-core",
+    "torchmetrics",
+    "timm",
+    "torch-fidelity",
+    "numpy",
+)
 
 
 def git_state() -> dict[str, Any] | None:

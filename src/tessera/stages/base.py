@@ -140,7 +140,9 @@ class Stage(lightning.LightningModule):
         """
         values = torch.stack([value.detach().float() for value in losses.values()])
         if not bool(torch.isfinite(values).all()):
-            bad = [name for name, value in zip(losses, values.tolist(), strict=True) if value != value or abs(value) > 3e38]
+            bad = [
+                name for name, value in zip(losses, values.tolist(), strict=True) if value != value or abs(value) > 3e38
+            ]
             raise DivergedError(
                 f"{prefix}/{bad[0]} is not finite at step {self.trainer.global_step}; continue from the last checkpoint "
                 "with a lower optimizer.lr, stage.gradient_clip, or trainer.precision=32-true"

@@ -1,0 +1,233 @@
+"""What the three scripts share: composing the configuration, one-line errors, exit codes.
+
+Imports neither torch nor anything that does: `--help`, `--cfg job` and a misspelt key answer at once.
+"""
+
+import functools
+import inspect
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from tessera.errors import ConfigError, TesseraError
+
+Task = Callable[[DictConfig], dict[str, Any]]
+
+USER_ERROR = 2
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def hydra_entry(config_name: str) -> Callable[[Task], Callable[[], None]]:
+    """Decorator that makes a script's main function a Hydra entry point.
+
+    The configuration folder is `conf/` beside the script, wherever it is started from. An error that the user can act
+    on becomes one line on stderr and exit code 2; a bug keeps its traceback. A run that a signal stopped exits with
+    128 + the signal's number. In a sweep, a run returns the figure that `objective` names.
+
+    Args:
+        config_name: primary config in `conf/`.
+    """
+
+    def decorate(task: Task) -> Callable[[], None]:
+        conf = Path(inspect.getfile(task)).resolve().parent / "conf"
+
+        @functools.wraps(task)
+        def job(cfg: DictConfig) -> Any:
+            set_thread_variables(cfg)
+            try:
+                results = task(cfg)
+            except Exception as error:
+                # Hydra would print a second line; in a sweep that line says which run failed
+                if HydraConfig.get().mode == RunMode.RUN:
+                    exit_if_user_error(error, conf, config_name)
+                raise
+            if results.get("stopped_by"):
+                raise SystemExit(128 + signal.Signals[results["stopped_by"]].value)
+            return objective_value(results, cfg.get("objective"))
+
+        @functools.wraps(task)
+        def main() -> None:
+            traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing its own digest
+            try:
+                hydra.main(version_base=None, config_path=str(conf), config_name=config_name)(job)()
+            except KeyboardInterrupt:
+                sys.stderr.write("interrupted\n")
+                raise SystemExit(128 + signal.SIGINT) from None
+            except Exception as error:
+                if not traceback_wanted:
+                    exit_if_user_error(error, conf, config_name)
+                raise
+
+        return main
+
+    return decorate
+
+
+def set_thread_variables(cfg: DictConfig) -> None:
+    """Limit the thread pools of numerical libraries to `num_threads`; they read this when they are first imported."""
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(cfg.get("num_threads", 1))
+
+
+def objective_value(results: dict[str, Any], objective: str | None) -> Any:
+    """What a run returns to Hydra: the figure a sweeper optimises, or all results where `objective` is null.
+
+    Args:
+        results: as in results.json; `figures` is a list, or a dict of lists (before and after post-training).
+        objective: a figure's name or label, e.g. `rFID`; in a dict of lists with its key, e.g. `after_ema/gFID`.
+
+    Raises:
+        ConfigError: no figure, or more than one, goes by that name.
+    """
+    if objective is None:
+        return results
+    figures = results["figures"]
+    groups = {f"{key}/": items for key, items in figures.items()} if isinstance(figures, dict) else {"": figures}
+    found = {
+        prefix + figure["label"]: figure["value"]
+        for prefix, items in groups.items()
+        for figure in items
+        if objective in (prefix + figure["name"], prefix + figure["label"])
+    }
+    if len(found) != 1:
+        measured = ", ".join(f"{prefix}{figure['label']}" for prefix, items in groups.items() for figure in items)
+        raise ConfigError(f"objective={objective} names {len(found)} figures; measured were: {measured or 'none'}")
+    return float(next(iter(found.values())))
+
+
+def exit_if_user_error(error: Exception, conf: Path, config_name: str) -> None:
+    """End the process with one line on stderr if `error` is the user's; return if it is a bug."""
+    line = user_message(error, conf, config_name)
+    if line is not None:
+        sys.stderr.write(f"error: {line}\n")
+        raise SystemExit(USER_ERROR) from error
+
+
+def user_message(error: BaseException, conf: Path, config_name: str) -> str | None:
+    """One line on what to change, or None where the error is a bug.
+
+    Args:
+        error: caught; Hydra may have wrapped the one that matters.
+        conf: configuration folder.
+        config_name: primary config, for the keys that exist.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, TesseraError):
+            return _one_line(cause)
+        if isinstance(cause, MissingMandatoryValue):
+            key = cause.full_key or _quoted(str(cause))
+            return f"{key} is required; set {key}=..."
+        if isinstance(cause, InterpolationResolutionError):
+            return f"{cause.full_key} can't be resolved: {_first_line(cause)}"
+        if type(cause).__name__ == "MisconfigurationException":  # Lightning's; by name, to not import it
+            return f"trainer: {_one_line(cause)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"can't read {error.override!r}: {_first_line(error)}; quote values with special characters: 'key=\"a,b\"'"
+        )
+    if isinstance(error, MissingConfigException):
+        return _missing_config(error)
+    if isinstance(error, ConfigCompositionException):
+        return _composition(error, conf, config_name)
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        # an InstantiationException of Hydra may only quote what went wrong; what it was raised from counts
+        error = error.__cause__ or (error.__context__ if isinstance(error, InstantiationException) else None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].strip()
+
+
+def _quoted(text: str) -> str | None:
+    match = re.search(r"'([^']+)'", text)
+    return match.group(1) if match else None
+
+
+def _missing_config(error: MissingConfigException) -> str:
+    from tessera.run.strict import suggestion
+
+    path = str(error.missing_cfg_file or "").removesuffix(".yaml")
+    group, _, choice = path.rpartition("/")
+    if not error.options:
+        return _one_line(error)
+    return f"{group}={choice} does not exist; {suggestion(choice, error.options)}available: {', '.join(error.options)}"
+
+
+def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:
+    from tessera.run.strict import suggestion
+
+    match = re.search(
+        r"Could not (?:override|delete from config|append to config|change|add|delete)[^']*'([^']+)'", str(error)
+    )
+    match = match or re.search(r"You must specify '([^']+)'", str(error))
+    if match is None:
+        cause = f" ({_first_line(error.__cause__)})" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        return _one_line(error) + cause
+    key = match.group(1).lstrip("+~")
+    if "You must specify" in str(error):
+        return f"{key} is required; set {key}=..., e.g. {_available(conf, key)}"
+    if "No match in the defaults list" in str(error):
+        groups = [folder.relative_to(conf).as_posix() for folder in conf.rglob("*") if folder.is_dir()]
+        return f"unknown config group '{key}'; {suggestion(key, groups)}groups: {', '.join(sorted(groups))}"
+    cfg = _composed(conf, config_name, key)
+    if cfg is None:
+        return _one_line(error)
+    parent = key
+    while "." in parent:
+        parent = parent.rpartition(".")[0]
+        if OmegaConf.select(cfg, parent, throw_on_missing=False) is None and parent in cfg:
+            return f"config key '{key}' can't be set, as {parent} is null; choose one first: {_available(conf, parent)}"
+    hint = suggestion(key, list(_dotted_keys(OmegaConf.to_container(cfg, resolve=False))))
+    return f"unknown config key '{key}'; {hint or 'see --cfg job for all keys'}".removesuffix(" ")
+
+
+def _available(conf: Path, group: str) -> str:
+    folder = conf / group.replace(".", "/")
+    return ", ".join(f"{group}={path.stem}" for path in sorted(folder.glob("*.yaml"))) or "none is available"
+
+
+def _composed(conf: Path, config_name: str, without: str) -> DictConfig | None:
+    """The configuration that the command line asks for, less the overrides of one key; None where that fails as well."""
+    given = [text for text in sys.argv[1:] if not text.startswith("-") and text.lstrip("+~").split("=")[0] != without]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf), version_base=None):
+        for overrides in (given, []):
+            try:
+                return hydra.compose(config_name, overrides)
+            except Exception:  # another override is wrong too: fall back to the defaults
+                continue
+    return None
+
+
+def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _dotted_keys(value, f"{prefix}{key}.")
