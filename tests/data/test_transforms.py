@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden_cases import golden
 from PIL import Image
 
+from golden_cases import golden
 from tessera.data import transforms
 from tessera.data.pixels import from_uint8, to_uint8
 from tessera.errors import ConfigError, DataError

@@ -1,5 +1,6 @@
 """Which samples a process sees, in which order: seeded, independent of the number of processes, resumable."""
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +44,9 @@ class TrainBatches(Sampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        # torch's CPU generator reads 32 bits of a seed only
+        key = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()[:4]
+        generator = torch.Generator().manual_seed(int.from_bytes(key))
         order = torch.randperm(self.length, generator=generator).tolist()
         rank, world = distributed.rank(), distributed.world_size()
         start = self.start if self.epoch == self.resumed_epoch else 0
