@@ -3,8 +3,8 @@
 from tessera.callbacks.codebook_report import CodebookReport
 from tessera.callbacks.ema import EMA
 from tessera.callbacks.generation_fid import GenerationFID
-from tessera.callbacks.graceful_stop import GracefulStop
 from tessera.callbacks.image_grid import ImageGrid
+from tessera.callbacks.last_checkpoint import LastCheckpoint
 from tessera.callbacks.perturbed_fid import PerturbedFID
 from tessera.callbacks.progress import PlainProgress, progress_display
 from tessera.callbacks.reconstruction_fid import ReconstructionFID
@@ -15,8 +15,8 @@ __all__ = [
     "EMA",
     "CodebookReport",
     "GenerationFID",
-    "GracefulStop",
     "ImageGrid",
+    "LastCheckpoint",
     "PerturbedFID",
     "PlainProgress",
     "ReconstructionFID",

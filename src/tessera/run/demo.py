@@ -5,7 +5,6 @@ A part whose results exist is not repeated, so an interrupted demo continues whe
 """
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -49,7 +48,7 @@ def run_part(part: Part, seed: int, extra: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from tessera.run.post_train import post_train
-    from tessera.run.results import FILE
+    from tessera.run.results import read_results
     from tessera.run.train import train
 
     overrides = [
@@ -62,11 +61,8 @@ def run_part(part: Part, seed: int, extra: list[str]) -> dict[str, Any]:
     ]
     with initialize_config_dir(str(CONF), version_base=None):
         cfg = compose(part.script, overrides=overrides)
-    results = Path(cfg.paths.run) / FILE
-    if results.exists():
-        content = json.loads(results.read_text())
-        if content.get("stopped_by") is None:
-            return content
+    if (found := read_results(Path(cfg.paths.run))) is not None:
+        return found
     return {"train": train, "post_train": post_train}[part.script](cfg)
 
 

@@ -9,9 +9,9 @@ import lightning
 from omegaconf import DictConfig
 
 from tessera.distributed import rank
-from tessera.run.build import LAST, SaveRecord, build_trainer, make, resume_path
+from tessera.run.build import LAST, SaveRecord, build_trainer, make, read_checkpoint, resume_path
 from tessera.run.record import save_record
-from tessera.run.results import figures_of, write_results
+from tessera.run.results import figures_of, read_results, write_results
 from tessera.run.tokens import BuildTokens, TokenSource
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,10 @@ def fit(
         source: tokens to make before the loaders open their cache.
     """
     ckpt_path = resume_path(cfg.ckpt, run)
+    finished = ckpt_path is not None and read_checkpoint(ckpt_path)["global_step"] >= cfg.trainer.max_steps > 0
+    if finished and (found := read_results(run)) is not None:
+        log.info("%s is finished; its results are in %s", cfg.name, run)
+        return found
     record = {**save_record(cfg, run), "tokenizer_fingerprint": stage.tokenizer.fingerprint()}
     callbacks = [SaveRecord(record, architecture)]
     if source is not None:
@@ -44,10 +48,10 @@ def fit(
     trainer = build_trainer(cfg, callbacks)
     start = time.perf_counter()
     trainer.fit(stage, datamodule, ckpt_path=ckpt_path, weights_only=True)
+    if finished:  # it was stopped after its last step, before its last validation
+        trainer.validate(stage, datamodule, verbose=False)
     seconds = time.perf_counter() - start
     stopped_by = next((callback.stopped_by for callback in callbacks if getattr(callback, "stopped_by", None)), None)
-    if stopped_by is None:
-        trainer.save_checkpoint(run / LAST)
     results = {
         "name": cfg.name,
         "steps": trainer.global_step,

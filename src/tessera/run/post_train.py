@@ -11,7 +11,7 @@ from tessera.distributed import rank
 from tessera.run.build import LAST, build_trainer, make, prepare
 from tessera.run.fit import fit
 from tessera.run.load import check_token_space, load_tokenizer
-from tessera.run.results import figures_of, write_results
+from tessera.run.results import figures_of, read_results, write_results
 from tessera.run.strict import check_config
 from tessera.run.tokens import tokens_of_pairs
 from tessera.stages.evaluation import Evaluation
@@ -33,6 +33,9 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     """
     check_config(cfg, "post_train")
     run = prepare(cfg)
+    if cfg.ckpt == "auto" and (found := read_results(run)) is not None and "before" in found["figures"]:
+        log.info("%s is finished; its results are in %s", cfg.name, run)
+        return found
     tokenizer, generator = make(cfg.tokenizer), make(cfg.generator)
     check_token_space(generator, tokenizer, cfg.tokenizer.path)
     sampling = make(cfg.sampling)

@@ -1,23 +1,28 @@
 """What a run leaves behind so that it can be repeated: config, overrides, commit, versions, command."""
 
+import os
 import platform
+import shlex
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tessera.distributed import rank
-
+CONFIG_FILE = "config.yaml"
+RECORD_FILE = "run.yaml"
 PACKAGES = (
     "tessera",
     "torch",
     "torchvision",
     "lightning",
     "hydra-core",
+    "omegaconf",
     "torchmetrics",
     "timm",
     "torch-fidelity",
@@ -25,14 +30,24 @@ PACKAGES = (
 )
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit and whether the work tree differs from it; None outside a git checkout."""
+def git_state(source: Path | None = None) -> dict[str, Any] | None:
+    """Commit of the running code, and whether the work tree differs from it.
+
+    Args:
+        source: a file of that code; by default this one.
+
+    Returns:
+        {"commit", "dirty"}, or None where the code is not under version control: no git, no repository, or installed
+        somewhere inside another project's repository.
+    """
+    source = source or Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(source.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", source.name)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -44,28 +59,49 @@ def package_versions() -> dict[str, str]:
     for name in PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # optional, or run from a source tree
             continue
     return versions
 
 
 def save_record(cfg: DictConfig, run: Path) -> dict[str, Any]:
-    """Write `config.yaml` and `run.yaml` into the run folder.
+    """Write `config.yaml` (resolved) and `run.yaml` (how it was started, oldest first) into the run folder.
+
+    A run that is continued adds an entry to `run.yaml`, so that no commit or override that shaped it is lost. Only the
+    first process of a distributed run writes.
+
+    Args:
+        cfg: composed configuration, with every value set.
+        run: the run folder, which exists.
 
     Returns:
-        The record with the resolved config as plain values, for checkpoints.
+        The record of this start with the resolved config, as plain values that `torch.load(weights_only=True)` reads.
     """
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     record = {
         "stage": OmegaConf.select(cfg, "stage._target_"),
         "seed": int(cfg.seed),
-        "overrides": overrides,
-        "command": sys.argv,
+        "overrides": [str(text) for text in HydraConfig.get().overrides.task] if HydraConfig.initialized() else [],
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git_state(),
         "versions": package_versions(),
     }
-    config = OmegaConf.to_container(cfg, resolve=True)
-    if rank() == 0:
-        (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        (run / "run.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(record)))
+    if _is_first_process():
+        _write(run / CONFIG_FILE, config)
+        path = run / RECORD_FILE
+        earlier = yaml.safe_load(path.read_text()) if path.exists() else []
+        _write(path, [*earlier, record])
     return {**record, "config": config}
+
+
+def _is_first_process() -> bool:
+    """Whether this process writes; asked before Lightning has started the process group, so by environment."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return int(next((value for value in ranks if value is not None), 0)) == 0
+
+
+def _write(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    os.replace(temporary, path)

@@ -15,6 +15,13 @@ def figures_of(callbacks: Iterable[Any]) -> list[Any]:
     return [figure for callback in callbacks for figure in getattr(callback, "figures", [])]
 
 
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Results of a run that was trained to its end; None where there are none (yet)."""
+    path = folder / FILE
+    content = json.loads(path.read_text()) if path.exists() else None
+    return content if content is not None and content.get("stopped_by") is None else None
+
+
 def write_results(folder: Path, content: dict[str, Any]) -> Path:
     """Write `results.json` into `folder`; a reader never sees half a file.
 

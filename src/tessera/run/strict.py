@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra.utils
 import yaml
@@ -77,12 +77,14 @@ def suggestion(key: str, known: Iterable[str]) -> str:
 
     A sibling (the same parent) with a like name comes first, then the same name elsewhere, then a like dotted key.
     """
-    known = [str(name) for name in known]
+    # a parent of the key is no help, and Hydra's own keys are not what was meant
+    known = [name for name in map(str, known) if not key.startswith(f"{name}.") and not name.endswith("_")]
     parent, _, name = key.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
     near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
-    near += [other for other in known if parent and other.rpartition(".")[2] == name]
-    near += difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    namesakes = [other for other in known if parent and other.rpartition(".")[2] == name]
+    near += namesakes if len(namesakes) == 1 else []
+    near += difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     return f"did you mean '{near[0]}'? " if near else ""
 
 
@@ -199,37 +201,49 @@ def _target_problems(key: str, node: dict[str, Any], targets: set[str]) -> Itera
         if parameters is None:
             return
         accepted |= parameters.keys()
+        yield from _type_problems(key, node, parameters)
     for name in node:
         if name not in accepted:
             yield _unknown(_join(key, name), accepted)
     if node["_target_"] is not None and not node.get("_partial_"):
         by_position = len(node.get("_args_") or ())
         for name in list(parameters)[by_position:]:
-            if parameters[name] and name not in node:
+            if parameters[name].default is inspect.Parameter.empty and name not in node:
                 yield _join(key, name), f"{key}.{name} is required by {node['_target_']}; set {key}.{name}=..."
 
 
-def _parameters(target: Any) -> dict[str, bool] | None:
-    """Names of a callable's arguments and whether each is required; None where any name is accepted.
+def _type_problems(key: str, node: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> Iterator[Problem]:
+    """Words where an argument is annotated as a number or a truth value."""
+    simple = (int, float, bool, type(None))
+    for name, value in node.items():
+        if name not in parameters or not isinstance(value, str) or "${" in value or value == "???":
+            continue
+        annotation = parameters[name].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if all(kind in simple for kind in kinds):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            yield _join(key, name), f"{_join(key, name)}={value!r} is not of type {wanted}"
 
-    A class that takes **kwargs is taken to pass them on to the next class of its method resolution order.
+
+def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
+    """A callable's arguments by name, without those that only code can give; None where any name is accepted.
+
+    A class that takes **kwargs is taken to pass them on to the next class of its method resolution order. Only the
+    first class's arguments can be required: a base class's may be given by the class itself.
     """
     callables = [target]
     if inspect.isclass(target):
-        callables = [cls.__init__ for cls in target.__mro__ if "__init__" in vars(cls) and not _is_root(cls)]
-        if not callables:
-            callables = [target]
-    names: dict[str, bool] = {}
-    for function in callables:
+        own = [cls.__init__ for cls in target.__mro__ if "__init__" in vars(cls) and not _is_root(cls)]
+        callables = own or callables
+    names: dict[str, inspect.Parameter] = {}
+    for number, function in enumerate(callables):
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # written in C without a signature
             return None
-        if function is not target:
-            parameters = parameters[1:]
-        for parameter in parameters:
+        for parameter in parameters[function is not target :]:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                names.setdefault(parameter.name, parameter.default is parameter.empty)
+                names.setdefault(parameter.name, parameter if number == 0 else parameter.replace(default=None))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return names
     # the last class hands on to object or nn.Module, which take nothing; a function's **kwargs may be anything
