@@ -1,43 +1,54 @@
-# `make help` lists the targets. Each works as the only command on a fresh machine.
+# One entry per task; `make` alone lists them. `make test` and `make demo` set up what they need.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
 PYTHON ?= python3
-VENV := .venv
-RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+ARGS   ?=
+
+# Small models on few cores are fastest with one thread per process; the tests run in one process per core.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds fashion-mnist test lint bench clean
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint format demo fashion-mnist bench clean
 
-help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12 selects the interpreter of a new $(VENV); ARGS='...' is passed on to what a target runs."
 
-setup: $(STAMP) ## build .venv with everything that is needed (PYTHON= selects the interpreter)
+setup: $(STAMP)  ## build .venv with the pinned requirements and this package
 
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
-	$(VENV)/bin/python -m pip install --quiet --no-deps -e .
-	touch $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older or missing; choose one with PYTHON=..."; exit 1; } >&2
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
-demo: $(STAMP) ## all three stages on the embedded digits; ends with a table and pictures
-	$(RUN) -m tessera.run.demo
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-demo-seeds: $(STAMP) ## the demo with three seeds; the table shows mean and spread
-	$(RUN) -m tessera.run.demo --seeds 3
+lint: $(STAMP)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-fashion-mnist: $(STAMP) ## the same chain on Fashion-MNIST (TESSERA_FASHION_MNIST= gives its folder)
-	$(RUN) -m tessera.run.demo --dataset fashion_mnist
+format: $(STAMP)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
-test: $(STAMP) ## all tests
-	$(RUN) -m pytest -n 2
+demo: $(STAMP)  ## train, post-train and measure everything on the embedded digits (minutes on a CPU)
+	$(BIN)/python -m tessera.run.demo $(ARGS)
 
-lint: $(STAMP) ## style checks
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+fashion-mnist: $(STAMP)  ## the same chain on Fashion-MNIST
+	$(BIN)/python -m tessera.run.demo --dataset fashion_mnist $(ARGS)
 
-bench: $(STAMP) ## benchmarks; each prints ratios
-	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(RUN) $$file || exit 1; done
+bench: $(STAMP)  ## run the benchmarks; each prints a ratio
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-clean: ## remove caches and the virtual environment; never touches results in outputs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+clean:  ## remove caches and builds; results (outputs/, multirun/) and .venv stay
+	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from tessera.errors import ConfigError, TesseraError
+from tessera.run.strict import RECIPES, suggestion
 
 Task = Callable[[DictConfig], dict[str, Any]]
 
@@ -144,7 +145,7 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
             f"can't read {error.override!r}: {_first_line(error)}; quote values with special characters: 'key=\"a,b\"'"
         )
     if isinstance(error, MissingConfigException):
-        return _missing_config(error)
+        return _missing_config(error, conf)
     if isinstance(error, ConfigCompositionException):
         return _composition(error, conf, config_name)
     return None
@@ -170,52 +171,70 @@ def _quoted(text: str) -> str | None:
     return match.group(1) if match else None
 
 
-def _missing_config(error: MissingConfigException) -> str:
-    from tessera.run.strict import suggestion
-
+def _missing_config(error: MissingConfigException, conf: Path) -> str:
     path = str(error.missing_cfg_file or "").removesuffix(".yaml")
-    group, _, choice = path.rpartition("/")
-    if not error.options:
+    given = [text.lstrip("+").partition("=") for text in _overrides()]
+    group = next((name for name, _, choice in given if f"{name}/{choice}" == path), path.rpartition("/")[0])
+    options = _options(conf, group)
+    if not group or not options:
         return _one_line(error)
-    return f"{group}={choice} does not exist; {suggestion(choice, error.options)}available: {', '.join(error.options)}"
+    choice = path.removeprefix(f"{group}/")
+    return f"{group}={choice} does not exist; {suggestion(choice, options)}available: {', '.join(options)}"
 
 
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:
-    from tessera.run.strict import suggestion
-
-    match = re.search(
-        r"Could not (?:override|delete from config|append to config|change|add|delete)[^']*'([^']+)'", str(error)
-    )
-    match = match or re.search(r"You must specify '([^']+)'", str(error))
+    text = str(error)
+    match = re.search(r"(Could not|You must specify)[^']*'([^']+)'", text)
     if match is None:
         cause = f" ({_first_line(error.__cause__)})" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         return _one_line(error) + cause
-    key = match.group(1).lstrip("+~")
-    if "You must specify" in str(error):
-        return f"{key} is required; set {key}=..., e.g. {_available(conf, key)}"
-    if "No match in the defaults list" in str(error):
-        groups = [folder.relative_to(conf).as_posix() for folder in conf.rglob("*") if folder.is_dir()]
-        return f"unknown config group '{key}'; {suggestion(key, groups)}groups: {', '.join(sorted(groups))}"
+    key = match.group(2).lstrip("+~")
+    group = key.partition(".")[0]
+    if text.startswith("You must specify"):
+        return f"{key} is required; choose one: {_choices(conf, key)}"
+    if "/" in key:
+        groups = sorted(folder.relative_to(conf).as_posix() for folder in conf.rglob("*") if folder.is_dir())
+        return f"unknown config group '{key}'; {suggestion(key, groups)}groups: {', '.join(groups)}"
     cfg = _composed(conf, config_name, key)
-    if cfg is None:
-        return _one_line(error)
-    parent = key
-    while "." in parent:
-        parent = parent.rpartition(".")[0]
-        if OmegaConf.select(cfg, parent, throw_on_missing=False) is None and parent in cfg:
-            return f"config key '{key}' can't be set, as {parent} is null; choose one first: {_available(conf, parent)}"
-    hint = suggestion(key, list(_dotted_keys(OmegaConf.to_container(cfg, resolve=False))))
-    return f"unknown config key '{key}'; {hint or 'see --cfg job for all keys'}".removesuffix(" ")
+    if cfg is None or key in _dotted_keys(OmegaConf.to_container(cfg, resolve=False)):
+        return _one_line(error)  # the key exists: something else is wrong
+    if any(node.get("_target_", "") is None for node in _parents(cfg, key)):
+        return f"'{key}' can't be set, as {group} is switched off; choose one first: {_choices(conf, group)}"
+    if group not in cfg and _options(conf, group):
+        return f"'{key}' can't be set, as no {group} is chosen; choose one first: {_choices(conf, group)}"
+    hint = suggestion(key, _dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
+    return f"unknown config key '{key}'; {hint or 'see --cfg job for all keys'}".rstrip()
 
 
-def _available(conf: Path, group: str) -> str:
-    folder = conf / group.replace(".", "/")
-    return ", ".join(f"{group}={path.stem}" for path in sorted(folder.glob("*.yaml"))) or "none is available"
+def _parents(cfg: DictConfig, key: str) -> Iterator[DictConfig]:
+    """The nodes above `key` that exist."""
+    names = key.split(".")
+    for length in range(1, len(names)):
+        node = OmegaConf.select(cfg, ".".join(names[:length]), throw_on_resolution_failure=False)
+        if isinstance(node, DictConfig):
+            yield node
+
+
+def _options(conf: Path, group: str) -> list[str]:
+    """Choices of a config group, those in sub-folders of recipes included."""
+    folder = conf / group
+    nested = group in RECIPES
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("**/*.yaml" if nested else "*.yaml")
+    )
+
+
+def _choices(conf: Path, group: str) -> str:
+    return ", ".join(f"{group}={option}" for option in _options(conf, group)) or "none is available"
+
+
+def _overrides() -> list[str]:
+    return [text for text in sys.argv[1:] if not text.startswith("-")]
 
 
 def _composed(conf: Path, config_name: str, without: str) -> DictConfig | None:
-    """The configuration that the command line asks for, less the overrides of one key; None where that fails as well."""
-    given = [text for text in sys.argv[1:] if not text.startswith("-") and text.lstrip("+~").split("=")[0] != without]
+    """What the command line asks for, less the overrides of one key; None where that can't be composed either."""
+    given = [text for text in _overrides() if text.lstrip("+~").partition("=")[0] != without]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf), version_base=None):
         for overrides in (given, []):

@@ -84,7 +84,7 @@ def suggestion(key: str, known: Iterable[str]) -> str:
     near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     namesakes = [other for other in known if parent and other.rpartition(".")[2] == name]
     near += namesakes if len(namesakes) == 1 else []
-    near += difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near += difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     return f"did you mean '{near[0]}'? " if near else ""
 
 
