@@ -88,9 +88,7 @@ class Generator(nn.Module, ABC):
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels that are no (B,) integers in [0, num_classes)."""
         if labels.ndim != 1 or labels.dtype != torch.int64:
-            raise DataError(
-                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; need (B,) int64"
-            )
+            raise DataError(f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; need (B,) int64")
         self._check_range("label", labels, self.num_classes, "generator.num_classes")
 
     def check_tokens(self, tokens: Tensor, batch_size: int) -> None:

@@ -109,9 +109,7 @@ class AdaptiveBlock(nn.Module):
     Source: Peebles and Xie 2023 (arXiv:2212.09748), adaLN-Zero; with affine norms, as in RAR's public code.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_size: int, dropout: float = 0.0, attention_dropout: float = 0.0
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_size: int, dropout: float = 0.0, attention_dropout: float = 0.0):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads, dropout, attention_dropout)

@@ -81,9 +81,7 @@ class RAR(Generator):
             if value < low:
                 raise ConfigError(f"generator.{name}={value} must be at least {low}")
         if hidden_size % num_heads:
-            raise ConfigError(
-                f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}"
-            )
+            raise ConfigError(f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}")
         for name, value in (("dropout", dropout), ("attention_dropout", attention_dropout)):
             if not 0 <= value < 1:
                 raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
@@ -238,14 +236,10 @@ class RAR(Generator):
             self.check_labels(labels)
             self.check_tokens(tokens, batch)
         if not self.training:
-            return self.loss_in_order(
-                tokens, self.condition_ids(labels), raster_orders(batch, self.num_tokens, device)
-            )
+            return self.loss_in_order(tokens, self.condition_ids(labels), raster_orders(batch, self.num_tokens, device))
         draws = as_sample_rng(rng, batch, device)
         dropped = draws.uniform("class_dropout").to(device) < self.class_dropout
-        orders = sample_orders(
-            draws, batch, self.num_tokens, random_ratio(progress, *self.order_anneal), device
-        )
+        orders = sample_orders(draws, batch, self.num_tokens, random_ratio(progress, *self.order_anneal), device)
         return self.loss_in_order(tokens, self.condition_ids(labels, dropped), orders)
 
     def generate(

@@ -46,17 +46,13 @@ class SamplingConfig:
             )
         scale = self.guidance_scale
         if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ConfigError(
-                f"sampling.guidance_scale={scale} must be positive; use null to switch guidance off"
-            )
+            raise ConfigError(f"sampling.guidance_scale={scale} must be positive; use null to switch guidance off")
         if not (math.isfinite(self.guidance_power) and self.guidance_power >= 0):
             raise ConfigError(
                 f"sampling.guidance_power={self.guidance_power} must be at least 0 (0: constant guidance)"
             )
         if self.top_k is not None and (int(self.top_k) != self.top_k or self.top_k < 0):
-            raise ConfigError(
-                f"sampling.top_k={self.top_k} must be a whole number of at least 0 (0: all codes)"
-            )
+            raise ConfigError(f"sampling.top_k={self.top_k} must be a whole number of at least 0 (0: all codes)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling.top_p={self.top_p} is outside (0, 1] (1: all codes)")
 
@@ -83,10 +79,7 @@ def guidance_weights(scale: float, power: float, num_tokens: int) -> list[float]
     Source: RAR, `generate` of bytedance/1d-tokenizer modeling/rar.py.
     """
     # 0 ** 0 is 1, which makes power 0 the constant schedule
-    return [
-        1 + (scale - 1) * (1 - math.cos(math.pi * (step / num_tokens) ** power)) / 2
-        for step in range(num_tokens)
-    ]
+    return [1 + (scale - 1) * (1 - math.cos(math.pi * (step / num_tokens) ** power)) / 2 for step in range(num_tokens)]
 
 
 def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:

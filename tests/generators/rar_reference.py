@@ -1,0 +1,80 @@
+"""Builds RAR from golden files and samples from it the plain way: the whole prefix again at every step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golden_cases import Golden
+from tessera.generators import RAR, SamplingConfig
+from tessera.generators.sampling import probabilities
+
+
+def golden_rar(case: Golden, sizes: dict[str, Any]) -> RAR:
+    """RAR of a golden file's sizes with its weights loaded strictly, in eval mode."""
+    hidden, mlp = sizes["hidden_size"], sizes["intermediate_size"]
+    model = RAR(
+        codebook_size=sizes["codebook_size"],
+        num_tokens=sizes["image_seq_len"],
+        num_classes=sizes["condition_num_classes"],
+        hidden_size=hidden,
+        depth=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        mlp_size=int(hidden * (mlp / hidden)),  # the public code's rounding
+        dropout=sizes["dropout"],
+        attention_dropout=sizes["attn_drop"],
+    )
+    model.load_state_dict(case.weights, strict=True)
+    return model.eval()
+
+
+def public_sampling(options: dict[str, float]) -> SamplingConfig:
+    """Our settings for those of the public `generate`, which writes "no guidance" as scale 0."""
+    return SamplingConfig(
+        temperature=options["randomize_temperature"],
+        guidance_scale=options["guidance_scale"] or None,
+        guidance_power=options["guidance_scale_pow"],
+    )
+
+
+def small_rar(seed: int = 0, **sizes: Any) -> RAR:
+    """A small RAR in eval mode, every parameter random (at initialisation the blocks are the identity)."""
+    options = dict(codebook_size=11, num_tokens=9, num_classes=4, hidden_size=16, depth=2, num_heads=2, mlp_size=24)
+    options |= dict(extra_positions=2, extra_timesteps=2)
+    model = RAR(**options | sizes).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def plain_generate(
+    model: RAR,
+    labels: Tensor,
+    sampling: SamplingConfig,
+    draw: Callable[[Tensor, int], Tensor],
+    teacher: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Tokens (B, P, L), and per step the conditional and unconditional logits (B, P, K).
+
+    No cache, no folded table; both halves run apart at every step and are combined behind the head.
+    """
+    tokens = torch.zeros(len(labels), model.num_branches, 0, dtype=torch.int64)
+    dropped = torch.ones(len(labels), dtype=torch.bool)
+    weights = sampling.guidance_weights(model.num_tokens)
+    conditional, unconditional = [], []
+    for step in range(model.num_tokens):
+        conditional.append(model(tokens, model.condition_ids(labels))[:, -1])
+        unconditional.append(model(tokens, model.condition_ids(labels, dropped))[:, -1])
+        logits = conditional[-1]
+        if weights is not None:
+            logits = unconditional[-1] + weights[step] * (conditional[-1] - unconditional[-1])
+        drawn = draw(probabilities(logits, sampling), step)
+        if teacher is not None:
+            drawn = torch.where(keep[:, :, step], teacher[:, :, step], drawn)
+        tokens = torch.cat([tokens, drawn[:, :, None]], 2)
+    return tokens, conditional, unconditional
