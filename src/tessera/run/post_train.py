@@ -4,13 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from tessera.distributed import rank
-from tessera.run.build import LAST, build_trainer, make, prepare
+from tessera.generators.sampling import SamplingConfig
+from tessera.run.build import LAST, build_trainer, make, plain, prepare
 from tessera.run.fit import fit
-from tessera.run.load import check_token_space, load_tokenizer
+from tessera.run.load import WEIGHTS, check_token_space, load_tokenizer
 from tessera.run.results import figures_of, read_results, write_results
 from tessera.run.strict import check_config
 from tessera.run.tokens import tokens_of_pairs
@@ -50,18 +51,16 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
         cfg.pairs.seed,
         cfg.pairs.batch_size,
     )
-    architecture = {"tokenizer": tokenizer.architecture}
-    measure = Measurement(cfg, generator, sampling)
-    before = measure(tokenizer)
+    measure = Measurement(cfg, run / "samples.safetensors", generator, sampling)
+    before = measure(tokenizer, "before")
+    if "gfid" in (cfg.callbacks or {}):
+        OmegaConf.update(cfg, "callbacks.gfid.tokens", str(measure.samples), force_add=True)
     stage = make(cfg.stage)(tokenizer=tokenizer)
     datamodule = make(cfg.data)(serve="pairs", token_cache=source.folder, expected_fingerprint=tokenizer.fingerprint())
-    results = fit(cfg, run, stage, datamodule, architecture, source)
+    results = fit(cfg, run, stage, datamodule, {"tokenizer": tokenizer.architecture}, source)
     if results["stopped_by"] is None:
-        after = {weights: measure(load_tokenizer(run / LAST, weights)) for weights in ("raw", "ema")}
-        results = {
-            **results,
-            "figures": {"before": before, **{f"after_{name}": value for name, value in after.items()}},
-        }
+        after = {f"after_{kind}": measure(load_tokenizer(run / LAST, kind), f"after_{kind}") for kind in WEIGHTS}
+        results = {**results, "figures": {"before": before, **after}}
         if rank() == 0:
             write_results(run, results)
     return results
@@ -72,17 +71,24 @@ class Measurement:
 
     Args:
         cfg: the run's configuration; `figures` are the callbacks to measure with.
-        generator: makes the tokens on the first call.
+        samples: file of the generated tokens; made by the first measurement.
+        generator: makes them.
         sampling: its settings.
     """
 
-    def __init__(self, cfg: DictConfig, generator: torch.nn.Module, sampling: Any):
-        self.cfg, self.generator, self.sampling = cfg, generator, sampling
-        self.generated: dict[bytes, torch.Tensor] = {}
+    def __init__(self, cfg: DictConfig, samples: Path, generator: nn.Module, sampling: SamplingConfig):
+        self.cfg, self.samples, self.generator, self.sampling = cfg, samples, generator, sampling
 
-    def __call__(self, tokenizer: torch.nn.Module) -> list[dict[str, Any]]:
-        stage = Evaluation(tokenizer, self.generator, self.sampling, self.cfg.pairs.seed, self.generated)
-        callbacks = [make(node) for node in self.cfg.figures.values()]
+    def __call__(self, tokenizer: nn.Module, when: str) -> list[dict[str, Any]]:
+        """Figures of a tokenizer's decoder; `when` begins the names of log keys and pictures."""
+        stage = Evaluation(tokenizer, self.generator, self.sampling, self.cfg.pairs.seed)
+        callbacks = [make(self._node(name, node, when)) for name, node in self.cfg.figures.items()]
         trainer = build_trainer(self.cfg, callbacks)
         trainer.validate(stage, make(self.cfg.data)(serve="images"), verbose=False)
         return [figure.to_dict() for figure in figures_of(callbacks)]
+
+    def _node(self, name: str, node: DictConfig, when: str) -> dict[str, Any]:
+        arguments = {**plain(node), "prefix": when}
+        if name == "gfid":
+            arguments["tokens" if self.samples.exists() else "save_tokens"] = str(self.samples)
+        return arguments

@@ -3,7 +3,6 @@
 from typing import Any
 
 import lightning
-import torch
 from torch import Tensor
 
 from tessera.generators.base import Generator
@@ -20,8 +19,6 @@ class Evaluation(lightning.LightningModule):
         generator: optional; None where only the tokenizer is evaluated.
         sampling: how the generator is sampled.
         seed: of the generated samples; sample number i depends on (seed, i) alone.
-        generated: tokens made so far, filled and reused; share it between evaluations to decode the same tokens with
-            several decoders without sampling again.
     """
 
     def __init__(
@@ -30,13 +27,10 @@ class Evaluation(lightning.LightningModule):
         generator: Generator | None = None,
         sampling: SamplingConfig | None = None,
         seed: int = 0,
-        generated: dict[bytes, Tensor] | None = None,
     ):
         super().__init__()
         self.tokenizer, self.generator = tokenizer, generator
         self.sampling, self.seed = sampling or SamplingConfig(), seed
-        self.generated = {} if generated is None else generated
-        self.requires_grad_(False)
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
         output = self.tokenizer(batch["image"])
@@ -44,8 +38,4 @@ class Evaluation(lightning.LightningModule):
 
     def generate_tokens(self, labels: Tensor, index: Tensor) -> Tensor:
         """Tokens (B, P, L) of samples number `index` (B,) with class `labels` (B,)."""
-        key = torch.stack([labels, index]).cpu().numpy().tobytes()
-        if key not in self.generated:
-            tokens = self.generator.generate(labels, self.sampling, rng=IndexedRng(self.seed, index))
-            self.generated[key] = tokens.cpu()
-        return self.generated[key].to(labels.device)
+        return self.generator.generate(labels, self.sampling, rng=IndexedRng(self.seed, index))

@@ -1,6 +1,6 @@
 """What the two stages share that train a decoder: pixel, perceptual and adversarial losses, in two optimizer steps."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class ReconstructionStage(Stage):
         gradient_clip, accumulate_grad_batches, seed: see `Stage`.
     """
 
-    default_weights: dict[str, float] = {"reconstruction": 1.0, "perceptual": 1.0, "adversarial": 0.5, "lecam": 0.001}
+    default_weights: ClassVar[dict[str, float]] = {"reconstruction": 1.0, "perceptual": 1.0, "adversarial": 0.5, "lecam": 0.001}
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ReconstructionStage(Stage):
         schedulers = [self.scheduler_factory(optimizers[0], self.total_steps)]
         if self.discriminator is not None:
             optimizers.append(self.discriminator_optimizer_factory(self.discriminator.parameters()))
-            schedulers.append(self.discriminator_scheduler_factory(optimizers[1], max(self.discriminator_steps(), 1)))
+            schedulers.append(self.discriminator_scheduler_factory(optimizers[1], self.discriminator_steps() or self.total_steps))
         return optimizers, schedulers
 
     def on_fit_start(self) -> None:

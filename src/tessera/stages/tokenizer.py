@@ -1,6 +1,6 @@
 """Tokenizer main-training."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ class TokenizerTraining(ReconstructionStage):
     Source: XQ-GAN (arXiv:2412.01762), RobusTok (arXiv:2509.12474).
     """
 
-    default_weights = {**ReconstructionStage.default_weights, "codebook": 1.0, "commitment": 0.25}
+    default_weights: ClassVar[dict[str, float]] = {**ReconstructionStage.default_weights, "codebook": 1.0, "commitment": 0.25}
 
     def __init__(
         self,
