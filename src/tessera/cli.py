@@ -54,14 +54,14 @@ def hydra_entry(config_name: str) -> Callable[[Task], Callable[[], None]]:
             set_thread_variables(cfg)
             try:
                 results = task(cfg)
+                if results.get("stopped_by"):
+                    raise SystemExit(128 + signal.Signals[results["stopped_by"]].value)
+                return objective_value(results, cfg.get("objective"))
             except Exception as error:
                 # Hydra would print a second line; in a sweep that line says which run failed
                 if HydraConfig.get().mode == RunMode.RUN:
                     exit_if_user_error(error, conf, config_name)
                 raise
-            if results.get("stopped_by"):
-                raise SystemExit(128 + signal.Signals[results["stopped_by"]].value)
-            return objective_value(results, cfg.get("objective"))
 
         @functools.wraps(task)
         def main() -> None:

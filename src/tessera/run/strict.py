@@ -241,6 +241,8 @@ def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # written in C without a signature
             return None
+        if inspect.ismethoddescriptor(function):  # written in C: its signature only says (*args, **kwargs)
+            return None
         for parameter in parameters[function is not target :]:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 names.setdefault(parameter.name, parameter if number == 0 else parameter.replace(default=None))
