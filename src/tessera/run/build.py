@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tessera.errors import CheckpointError, ConfigError, MissingFileError
 log = logging.getLogger(__name__)
 
 LAST = "checkpoints/last.ckpt"
+# Lightning's advice about choices that are made on purpose here
+QUIET = (".*LeafSpec.*", ".*in eval mode at the start of training.*", ".*does not have many workers.*")
 
 
 def plain(node: Any) -> Any:
@@ -50,6 +53,8 @@ def prepare(cfg: DictConfig) -> Path:
     torch.set_num_threads(int(cfg.num_threads))
     # hardware lists and tips; what matters to a run comes through its own log lines
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
     lightning.seed_everything(int(cfg.seed), workers=True, verbose=False)
     run = Path(cfg.paths.run)
     run.mkdir(parents=True, exist_ok=True)

@@ -1,159 +1,170 @@
 """The whole chain on a small data set: two tokenizers, a generator on each, post-training of both decoders.
 
-Run as `python -m tessera.run.demo`. Prints a table of figures with their protocols and the paths of the pictures.
-A part whose results exist is not repeated, so an interrupted demo continues where it stopped.
+Run as `python -m tessera.run.demo`. The two chains run side by side, one thread each. Ends with a table of figures, the
+protocols they were measured by, seconds per stage, and the paths of the pictures. A part that is finished is not
+repeated, and one that was stopped continues.
 """
 
 import argparse
 import logging
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CONF = Path(__file__).parents[3] / "conf"
-TOKENIZERS = ("plain", "perturbed")
-STEPS = ("tokenizer", "generator", "post_train")
+KINDS = {"plain": "tokenizer", "perturbed": "tokenizer_perturbed"}
+STATES = {"before": "before post-training", "after_raw": "after, raw weights", "after_ema": "after, averaged weights"}
+COLUMNS = ("PSNR", "rFID", "pFID", "gFID")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+log = logging.getLogger(__name__)
+Results = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One training of the chain: which script, which recipe, and where it writes."""
+class Chain:
+    """One tokenizer, the generator on it, and the post-training of its decoder.
 
-    script: str
-    experiment: str
-    name: str
-    overrides: tuple[str, ...] = ()
+    Attributes:
+        dataset: folder of the recipes in conf/experiment.
+        kind: plain or perturbed.
+        seed: of all three parts.
+        outputs: paths.outputs.
+        overrides: further Hydra overrides of every part.
+    """
 
+    dataset: str
+    kind: str
+    seed: int
+    outputs: Path
+    overrides: tuple[str, ...]
 
-def parts(dataset: str, root: str, seed: int) -> list[Part]:
-    """The six trainings of one seed, in order."""
-    chain = []
-    for kind in TOKENIZERS:
-        name = {step: f"{root}/seed{seed}/{kind}/{step}" for step in STEPS}
-        recipe = "tokenizer" if kind == "plain" else "tokenizer_perturbed"
-        tokenizer = f"tokenizer.path=${{paths.outputs}}/{name['tokenizer']}/checkpoints/last.ckpt"
-        generator = f"generator.path=${{paths.outputs}}/{name['generator']}/checkpoints/last.ckpt"
-        chain += [
-            Part("train", f"{dataset}/{recipe}", name["tokenizer"]),
-            Part("train", f"{dataset}/generator", name["generator"], (tokenizer,)),
-            Part("post_train", f"{dataset}/post_train", name["post_train"], (tokenizer, generator)),
+    def name(self, part: str) -> str:
+        """Run folder of a part, below `outputs`."""
+        return f"demo/{self.dataset}/seed{self.seed}/{self.kind}/{part}"
+
+    def parts(self) -> list[tuple[str, str, str, list[str]]]:
+        """(name, script, recipe, overrides) in order."""
+        tokenizer, generator = (
+            f"{part}.path={self.outputs / self.name(part) / 'checkpoints' / 'last.ckpt'}"
+            for part in ("tokenizer", "generator")
+        )
+        return [
+            ("tokenizer", "train", KINDS[self.kind], []),
+            ("generator", "train", "generator", [tokenizer]),
+            ("post_train", "post_train", "post_train", [tokenizer, generator]),
         ]
-    return chain
 
 
-def run_part(part: Part, seed: int, extra: list[str]) -> dict[str, Any]:
-    """Train one part, or read its results where they exist."""
+def run_chain(chain: Chain) -> Results:
+    """Train the parts of a chain in order; returns their results by part."""
+    logging.basicConfig(level=logging.INFO, format=f"[%(asctime)s {chain.kind:9s}] %(message)s", datefmt="%H:%M:%S")
+    results: Results = {}
+    for part, script, recipe, overrides in chain.parts():
+        start = time.perf_counter()
+        results[part] = run_part(chain, part, script, recipe, overrides)
+        if results[part]["stopped_by"] is not None:
+            break
+        log.info("%s done in %.0f s", chain.name(part), time.perf_counter() - start)
+    return results
+
+
+def run_part(chain: Chain, part: str, script: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """Train one part, or read its results where it is finished."""
     from hydra import compose, initialize_config_dir
 
     from tessera.run.post_train import post_train
-    from tessera.run.results import read_results
     from tessera.run.train import train
 
-    overrides = [
-        f"experiment={part.experiment}",
-        f"name={part.name}",
-        f"seed={seed}",
-        "ckpt=auto",
-        *part.overrides,
-        *extra,
-    ]
+    given = [f"experiment={chain.dataset}/{recipe}", f"name={chain.name(part)}", f"paths.outputs={chain.outputs}"]
+    given += [f"seed={chain.seed}", "ckpt=auto", *overrides, *chain.overrides]
     with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose(part.script, overrides=overrides)
-    if (found := read_results(Path(cfg.paths.run))) is not None:
-        return found
-    return {"train": train, "post_train": post_train}[part.script](cfg)
+        cfg = compose(script, overrides=given)
+    log.info("%s: python %s.py %s", part, script, " ".join(given[:1] + overrides))
+    return {"train": train, "post_train": post_train}[script](cfg)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a decoder, and its figures by label."""
-
-    name: str
-    figures: dict[str, float]
-
-
-COLUMNS = ("PSNR", "rFID", "pFID", "gFID")
-
-
-def rows(results: dict[str, dict[str, Any]], root: str) -> list[Row]:
-    """Table lines of one seed: each tokenizer's decoder before and after post-training (raw and averaged)."""
-    table = []
-    for kind in TOKENIZERS:
-        content = results[f"{root}/{kind}/post_train"]["figures"]
-        for when in ("before", "after_raw", "after_ema"):
-            found = {figure["label"]: figure["value"] for figure in content[when]}
-            table.append(Row(f"{kind}, {when.replace('_', ' post-training, ').replace('before', 'before')}", found))
-    return table
+def table_rows(chains: dict[tuple[str, int], Results]) -> list[tuple[str, str, dict[str, list[float]]]]:
+    """(tokenizer, state of its decoder, figures by label, one value per seed), in the order of the table."""
+    rows = []
+    for kind in KINDS:
+        seeds = [results["post_train"]["figures"] for (which, _), results in sorted(chains.items()) if which == kind]
+        for state in STATES:
+            values: dict[str, list[float]] = {}
+            for figures in seeds:
+                for figure in figures[state]:
+                    values.setdefault(figure["label"], []).append(figure["value"])
+            rows.append((kind, state, values))
+    return rows
 
 
-def column_of(label: str) -> str | None:
-    """The table column a figure label belongs to."""
-    return next((column for column in COLUMNS if label.split("[")[0].split("@")[0] == column), None)
-
-
-def print_table(seeds: dict[int, list[Row]]) -> None:
-    """Print the figures, with mean and spread where there are several seeds, and what their labels are."""
+def print_table(chains: dict[tuple[str, int], Results]) -> None:
+    """Print mean (and half the range over seeds) of each figure, and below the labels that name the protocols."""
     from rich.console import Console
     from rich.table import Table
 
-    first = next(iter(seeds.values()))
-    labels = {column: next(label for label in first[0].figures if column_of(label) == column) for column in COLUMNS}
+    rows = table_rows(chains)
+    labels = {
+        column: next(label for label in rows[0][2] if label.split("[")[0].split("@")[0] == column) for column in COLUMNS
+    }
     table = Table(title="Decoders on the same images and the same generated tokens")
-    table.add_column("tokenizer, decoder")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for number, row in enumerate(first):
+    for heading in ("tokenizer", "decoder", *COLUMNS):
+        table.add_column(heading, justify="right" if heading in COLUMNS else "left")
+    for kind, state, values in rows:
         cells = []
-        for column in COLUMNS:
-            values = [per_seed[number].figures[labels[column]] for per_seed in seeds.values()]
-            mean = sum(values) / len(values)
-            spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-            cells.append(f"{mean:.3f}{spread}")
-        table.add_row(row.name, *cells)
-    console = Console(width=120)
+        for label in labels.values():
+            found = values[label]
+            spread = f" ± {(max(found) - min(found)) / 2:.2f}" if len(found) > 1 else ""
+            cells.append(f"{sum(found) / len(found):.3f}{spread}")
+        table.add_row(kind, STATES[state], *cells)
+    console = Console(width=110)
     console.print(table)
-    for column, label in labels.items():
-        console.print(f"{column}: {label}", markup=False, highlight=False)
+    console.print("Measured as " + ", ".join(labels.values()), markup=False, highlight=False)
+    for part in ("tokenizer", "generator", "post_train"):
+        seconds = [results[part]["seconds"] for results in chains.values()]
+        console.print(f"{part:10s} {sum(seconds) / len(seconds):6.0f} s of training on average", highlight=False)
 
 
-def pictures(results: dict[str, dict[str, Any]], outputs: Path) -> list[Path]:
+def pictures(chains: list[Chain]) -> list[Path]:
     """The newest picture of each kind in every run folder."""
     newest: dict[tuple[Path, str], Path] = {}
-    for name in results:
-        for path in sorted((outputs / name / "images").glob("*.png")):
-            newest[path.parent, path.name.split("_step")[0]] = path
+    for chain in chains:
+        for part, *_ in chain.parts():
+            for path in sorted((chain.outputs / chain.name(part) / "images").glob("*.png")):
+                newest[path.parent, path.name.split("_step")[0]] = path
     return list(newest.values())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the chain and print the table."""
+    """Run the chains and print what they show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="digits", choices=("digits", "fashion_mnist"))
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds; the table shows mean and half range")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions; the table then shows mean and half range")
     parser.add_argument("--outputs", type=Path, default=Path(os.environ.get("TESSERA_OUTPUTS", "outputs")))
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="chains at a time")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides, for every part")
     args = parser.parse_args(arguments)
-    os.environ["TESSERA_OUTPUTS"] = str(args.outputs)
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-    root = f"demo/{args.dataset}"
-    results: dict[str, dict[str, Any]] = {}
-    tables: dict[int, list[Row]] = {}
-    for seed in range(args.seeds):
-        for part in parts(args.dataset, root, seed):
-            start = time.perf_counter()
-            results[part.name] = run_part(part, seed, args.overrides)
-            logging.info("%s: %.0f s", part.name, time.perf_counter() - start)
-            if results[part.name]["stopped_by"] is not None:
-                raise SystemExit(f"stopped by {results[part.name]['stopped_by']}; run the same command to continue")
-        tables[seed] = rows(results, f"{root}/seed{seed}")
-    print_table(tables)
-    for name, content in results.items():
-        print(f"{name:45s} {content['seconds']:7.1f} s training")
-    print("pictures:")
-    for path in pictures(results, args.outputs):
-        print(f"  {path}")
+    for variable in THREAD_VARIABLES:  # inherited by the workers, whose torch reads them when it starts
+        os.environ.setdefault(variable, "1")
+    start = time.perf_counter()
+    chains = [
+        Chain(args.dataset, kind, seed, args.outputs.absolute(), tuple(args.overrides))
+        for seed in range(args.seeds)
+        for kind in KINDS
+    ]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(run_chain, chains))
+    for part, content in (item for chain in results for item in chain.items()):
+        if content["stopped_by"] is not None:
+            raise SystemExit(f"{part} was stopped by {content['stopped_by']}; the same command continues it")
+    print_table({(chain.kind, chain.seed): result for chain, result in zip(chains, results, strict=True)})
+    print(f"everything {time.perf_counter() - start:6.0f} s\npictures:")
+    for path in pictures(chains):
+        print(f"  {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":
