@@ -1,147 +1,299 @@
+"""What the data module serves, refuses, and leaves alone."""
+
+import os
+import signal
+import warnings
 from functools import partial
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
+from data.pictures import Squares, image_folder
 from forked import run_forked
-from tessera.callbacks import ResumeState
-from tessera.data import DigitsImages, ImageDataModule, build_token_cache
-from tessera.data.sampler import EvalShare, TrainBatches
-from tessera.errors import CheckpointError, ConfigError, DataError
+from tessera.data import FolderImages, ImageDataModule, TokenCache, build_token_cache
+from tessera.errors import CheckpointError, ConfigError, DataError, MissingFileError
 
-DIGITS = partial(DigitsImages, resolution=8)
+LENGTH = 4
 
 
-def batches_of(rank, world, batch_size):
-    sampler = TrainBatches(103, batch_size, seed=5)
-    found = []
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        found.append(list(sampler))
-    return found, list(EvalShare(103))
+def cache(folder, dataset, views="none", **settings):
+    def encode(batch):
+        return (batch["index"][:, None, None] + torch.arange(LENGTH)) % 300
 
-
-def test_two_processes_see_together_what_one_sees():
-    joint, everything = batches_of(0, 1, 8)
-    (first, eval0), (second, eval1) = run_forked(batches_of, 4)
-    for epoch in range(2):
-        assert len(joint[epoch]) == len(first[epoch]) == 12
-        for whole, a, b in zip(joint[epoch], first[epoch], second[epoch], strict=True):
-            assert whole == a + b
-    assert eval0 + eval1 == everything == list(range(103))
-
-
-def test_order_depends_on_seed_and_epoch():
-    def order(seed, epoch):
-        return [key[1] for batch in TrainBatches(50, 10, seed, epoch) for key in batch]
-
-    assert order(0, 0) == order(0, 0) and order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
-    assert sorted(order(0, 0)) == list(range(50))
-    assert [key[1] for batch in TrainBatches(50, 10, 0, 0, start=3) for key in batch] == order(0, 0)[30:]
-    assert len(TrainBatches(50, 10, 0, 0, start=3)) == 5
-    with pytest.raises(ConfigError, match=r"data\.batch_size=51 x 1"):
-        TrainBatches(50, 51, 0)
-
-
-class Recorder(lightning.LightningModule):
-    """Records the samples of each step and draws from the global generator, as dropout would."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen = []
-
-    def training_step(self, batch, batch_index):
-        self.seen.append((batch["index"].tolist(), torch.rand(1).item()))
-        return (self.weight * batch["label"].float().mean()).sum()
-
-    def validation_step(self, batch, batch_index):
-        torch.rand(3)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(tmp_path, max_steps, workers=0, ckpt=None, every=None, **arguments):
-    torch.manual_seed(1)
-    module = Recorder()
-    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "k", every_n_train_steps=every or 10**6)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        logger=False,
-        callbacks=[checkpoint, ResumeState()],
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
+    return build_token_cache(
+        folder,
+        dataset,
+        encode,
+        **({"tokenizer_fingerprint": "t0", "codebook_size": 300, "shape": (1, LENGTH), "views": views} | settings),
     )
-    trainer.fit(
-        module, ImageDataModule(DIGITS, 256, num_workers=workers, **arguments), ckpt_path=ckpt, weights_only=True
+
+
+def squares(split, train=40, val=10):
+    return Squares(split, train if split == "train" else val)
+
+
+def indices(loader):
+    return [batch["index"].tolist() for batch in loader]
+
+
+def flat(lists):
+    return [item for part in lists for item in part]
+
+
+def test_images_are_served_in_batches_and_validation_in_order():
+    data = ImageDataModule(squares, 8, eval_batch_size=4)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.train_dataloader()) == 5
+    assert sorted(flat(indices(batches))) == list(range(40))
+    first = batches[0]
+    assert first["image"].shape == (8, 3, 4, 4) and first["label"].dtype == first["index"].dtype == torch.int64
+    assert torch.equal(first["label"], first["index"] % 3)
+    for loader in (data.val_dataloader(), data.predict_dataloader()):
+        assert flat(indices(loader)) == list(range(10)) and len(loader) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("views", ["none", "flip"])
+def test_tokens_are_served_for_training_and_images_for_validation(tmp_path, workers, views):
+    folder = cache(tmp_path / "c", squares("train"), views)
+    data = ImageDataModule(
+        squares, 8, num_workers=workers, serve="tokens", token_cache=folder, expected_fingerprint="t0"
     )
-    return module, trainer
+    data.setup("fit")
+    rows = 40 * (2 if views == "flip" else 1)
+    batches = list(data.train_dataloader())
+    assert sorted(flat(indices(batches))) == list(range(rows))
+    for batch in batches:
+        assert set(batch) == {"tokens", "label", "index"} and batch["tokens"].shape == (8, 1, LENGTH)
+        assert torch.equal(batch["tokens"][:, 0, 0], batch["index"]) and batch["tokens"].dtype == torch.int64
+        assert torch.equal(batch["label"], (batch["index"] // (rows // 40)) % 3)
+    assert "image" in next(iter(data.val_dataloader()))
 
 
-# an epoch has 5 batches: 3 is in its middle, 5 at its end, 7 in the next one
-@pytest.mark.parametrize(("stop", "workers"), [(3, 0), (5, 0), (7, 0), (3, 2)])
-def test_resumes_with_the_next_batch(tmp_path, stop, workers):
-    whole, _ = fit(tmp_path / "whole", 12, workers, every=stop)
-    assert len(whole.seen) == 12
-    fit(tmp_path / "part", stop, workers, every=stop)
-    resumed, trainer = fit(tmp_path / "rest", 12, workers, ckpt=tmp_path / "part" / "k.ckpt")
-    assert resumed.seen == whole.seen[stop:]
-    assert torch.equal(resumed.weight, whole.weight) and trainer.global_step == 12
+@pytest.mark.parametrize("views", ["none", "flip"])
+def test_pairs_hold_the_image_the_tokens_were_made_from(tmp_path, views):
+    root = image_folder(tmp_path / "images", per_class=4)
+    factory = partial(FolderImages, root=root, resolution=16)
+    folder = cache(tmp_path / "c", factory(split="train"), views, indices=[6, 1, 3, 2])
+    data = ImageDataModule(factory, 2, serve="pairs", token_cache=folder)
+    data.setup("fit")
+    count = 2 if views == "flip" else 1
+    seen = []
+    for batch in data.train_dataloader():
+        for tokens, image, label, index in zip(*(batch[k] for k in ("tokens", "image", "label", "index")), strict=True):
+            number, view = divmod(index.item(), count)
+            sample = factory(split="train").views(number, views)
+            assert torch.equal(image, sample["image"][view]), "the fixed crop, though training images are augmented"
+            assert label == sample["label"] and tokens[0, 0] == index
+            seen.append(index.item())
+    assert sorted(seen) == sorted(n * count + v for n in (6, 1, 3, 2) for v in range(count))
 
 
-def test_resuming_with_another_batch_size_is_refused(tmp_path):
-    fit(tmp_path, 3, every=3)
-    module = ImageDataModule(DIGITS, 128)
-    module.trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    state = torch.load(tmp_path / "k.ckpt", weights_only=True)["ImageDataModule"]
-    with pytest.raises(DataError, match="global batch size 256, this run has 128"):
-        module.load_state_dict(state)
+def test_reference_images_are_not_augmented(tmp_path):
+    factory = partial(FolderImages, root=image_folder(tmp_path), resolution=16)
+    data = ImageDataModule(factory, 4)
+    first, second = ([batch["image"] for batch in data.reference_loader("train")] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    loader = data.reference_loader("train")
+    assert len(loader.dataset) == 6 and loader.dataset.num_classes == 2
+    assert loader.dataset.fingerprint() == data.images("train").fingerprint()
+    assert data.images("train").augment, "the training loader's images stay augmented"
 
 
-def cache(folder, split="train", **changes):
-    arguments = {"tokenizer_fingerprint": "abc", "codebook_size": 10, "shape": (1, 2), **changes}
-    images = DIGITS(split=split)
-    return build_token_cache(folder, images, lambda b: b["label"][:, None, None].expand(-1, 1, 2), **arguments)
+def test_augmentation_is_the_same_for_any_workers_and_differs_between_epochs(tmp_path):
+    factory = partial(FolderImages, root=image_folder(tmp_path), resolution=16)
 
+    def epochs(workers):
+        data = ImageDataModule(factory, 2, num_workers=workers)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        found = []
+        for epoch in range(2):
+            loader.sampler.position = lambda epoch=epoch: (epoch, 0)
+            found.append({n.item(): x for b in loader for n, x in zip(b["index"], b["image"], strict=True)})
+        return found
 
-def test_serves_tokens_and_pairs(tmp_path):
-    folder = cache(tmp_path / "c")
-    images = DIGITS(split="train")
-    for serve in ("tokens", "pairs"):
-        data = ImageDataModule(DIGITS, 16, serve=serve, token_cache=folder, expected_fingerprint="abc")
-        batch = next(iter(data.train_dataloader()))
-        assert batch["tokens"].shape == (16, 1, 2) and torch.equal(batch["tokens"][:, 0, 0], batch["label"])
-        number = int(batch["index"][3])
-        assert images.label(number) == batch["label"][3]
-        if serve == "pairs":
-            assert torch.equal(batch["image"][3], images[number]["image"])
-    with pytest.raises(CheckpointError, match="not of xyz"):
-        ImageDataModule(DIGITS, 16, serve="tokens", token_cache=folder, expected_fingerprint="xyz").train_dataloader()
-    with pytest.raises(CheckpointError, match="other images"):
-        ImageDataModule(DIGITS, 16, serve="pairs", token_cache=cache(tmp_path / "v", "val")).train_dataloader()
+    none, two = epochs(0), epochs(2)
+    for epoch in range(2):
+        assert none[epoch].keys() == two[epoch].keys()
+        assert all(torch.equal(none[epoch][n], two[epoch][n]) for n in none[epoch])
+    assert not any(torch.equal(none[0][n], none[1][n]) for n in none[0])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("arguments", "named"),
     [
-        ({"serve": "videos"}, r"data\.serve='videos'"),
-        ({"serve": "tokens"}, r"needs data\.token_cache"),
+        ({"serve": "latents"}, r"data\.serve='latents'.*images, tokens, pairs"),
+        ({"serve": "tokens"}, r"data\.serve=tokens needs data\.token_cache"),
+        ({"token_cache": "x"}, r"data\.token_cache.*data\.serve=images"),
+        ({"batch_size": 0}, r"data\.batch_size=0"),
+        ({"eval_batch_size": 0}, r"data\.eval_batch_size=0"),
         ({"num_workers": -1}, r"data\.num_workers=-1"),
-        ({"eval_batch_size": -3}, r"data\.eval_batch_size=-3"),
     ],
 )
-def test_impossible_arguments(arguments, match):
-    with pytest.raises(ConfigError, match=match):
-        ImageDataModule(DIGITS, 16, **arguments)
+def test_impossible_settings_are_refused(arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        ImageDataModule(**({"dataset": squares, "batch_size": 4} | arguments))
 
 
-def test_a_trainer_that_replaces_samplers_is_refused():
-    module = ImageDataModule(DIGITS, 16)
-    module.trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    with pytest.raises(ConfigError, match=r"trainer\.use_distributed_sampler=false"):
-        module.setup("fit")
+def test_wrong_caches_are_refused(tmp_path):
+    folder = cache(tmp_path / "c", squares("train"))
+
+    def loader(serve="tokens", token_cache=folder, fingerprint="t0", factory=squares):
+        data = ImageDataModule(factory, 4, serve=serve, token_cache=token_cache, expected_fingerprint=fingerprint)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    loader(), loader("pairs")
+    with pytest.raises(CheckpointError, match="of tokenizer t0, not of t1"):
+        loader(fingerprint="t1")
+    with pytest.raises(MissingFileError, match=r"no manifest\.json"):
+        loader(token_cache=tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"made from other images \(.*than data\.dataset"):
+        loader("pairs", factory=partial(squares, train=39))
+    with pytest.raises(ConfigError, match=r"data\.batch_size=4 .*exceeds the 3"):
+        loader(token_cache=cache(tmp_path / "d", squares("train", train=3)))
+
+
+def test_data_problems_show_before_training(tmp_path):
+    factory = partial(FolderImages, root=tmp_path, resolution=16)
+    image_folder(tmp_path)
+    for path in sorted((tmp_path / "val").rglob("*.png")):
+        path.unlink()
+    with pytest.raises(DataError, match="no images"):
+        ImageDataModule(factory, 2).setup("fit")
+
+
+class Step(lightning.LightningModule):
+    """Records the samples it is given; the buffer makes DDP communicate in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.register_buffer("count", torch.zeros(1))
+        self.trained, self.validated, self.predicted = [], [], []
+
+    def training_step(self, batch, batch_index):
+        self.trained.append(batch["index"].tolist())
+        return self.layer(batch["image"].mean((1, 2, 3))[:, None]).square().mean()
+
+    def validation_step(self, batch, batch_index):
+        self.validated.append(batch["index"].tolist())
+
+    def predict_step(self, batch, batch_index):
+        self.predicted.append(batch["index"].tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Save(Callback):
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def trainer(**settings):
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "max_epochs": 2,
+    }
+    return lightning.Trainer(**(defaults | settings))
+
+
+def test_overfitting_repeats_the_same_batches():
+    module = Step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(many workers|logging interval|GPU|LeafSpec|isinstance).*")
+        trainer(overfit_batches=2, max_epochs=3).fit(module, ImageDataModule(squares, 8))
+    assert len(module.trained) == 6 and module.trained[:2] == module.trained[2:4] == module.trained[4:]
+
+
+def test_prediction_covers_the_validation_images_in_order():
+    module = Step()
+    trainer().predict(module, ImageDataModule(squares, 4))
+    assert flat(module.predicted) == list(range(10))
+
+
+def test_resuming_within_an_epoch_raises_no_false_alarm(tmp_path):
+    path = tmp_path / "x.ckpt"
+    trainer(callbacks=[Save(path, 2)]).fit(Step(), ImageDataModule(squares, 8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not resumable.*")
+        trainer().fit(Step(), ImageDataModule(squares, 8), ckpt_path=path, weights_only=True)
+
+
+def fit_forked(rank, world, replace, path, resume):
+    from lightning.pytorch.strategies import DDPStrategy
+
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    module = Step()
+    data = ImageDataModule(partial(squares, val=11), 4, eval_batch_size=3)
+    trainer(
+        devices=world,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        use_distributed_sampler=replace,
+        num_sanity_val_steps=0,
+        max_epochs=2,
+        callbacks=[Save(path, 7)] if path and not resume else [],
+    ).fit(module, data, ckpt_path=path if resume else None, weights_only=True)
+    return module.trained, module.validated
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_lightning_leaves_the_samplers_alone_in_two_processes(replace):
+    """Whatever use_distributed_sampler says; and uneven validation shares don't hang DDP's broadcasts."""
+    (first, val_first), (second, val_second) = run_forked(fit_forked, replace, None, False)
+    alone = Step()
+    trainer(num_sanity_val_steps=0).fit(alone, ImageDataModule(squares, 8))
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone.trained
+    assert sorted(flat(val_first) + flat(val_second)) == sorted([*range(11)] * 2)
+    assert len(val_first) == len(val_second)
+
+
+def test_two_processes_resume_within_an_epoch(tmp_path):
+    path = tmp_path / "x.ckpt"
+    whole = run_forked(fit_forked, False, path, False)
+    rest = run_forked(fit_forked, False, path, True)
+    assert [trained for trained, _ in rest] == [trained[7:] for trained, _ in whole]
+
+
+class Signalling(Squares):
+    """Sends signals to the loader process that reads image 5."""
+
+    def read(self, number):
+        if number == 5 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().read(number)
+
+
+def test_loader_processes_outlive_signals_to_the_group():
+    data = ImageDataModule(lambda split: Signalling(split, 40), 8, num_workers=1)
+    data.setup("fit")
+    assert sorted(flat(indices(data.train_dataloader()))) == list(range(40))
+
+
+def test_cache_of_a_killed_build_is_not_served(tmp_path):
+    def encode(batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_token_cache(tmp_path, squares("train"), encode, tokenizer_fingerprint="t0", codebook_size=2, shape=(1, 1))
+    data = ImageDataModule(squares, 4, serve="tokens", token_cache=tmp_path)
+    data.setup("fit")
+    with pytest.raises(CheckpointError, match="not finished"):
+        data.train_dataloader()
+    with pytest.raises(CheckpointError, match="not finished"):
+        TokenCache.open(tmp_path)

@@ -1,9 +1,12 @@
 """Data: image data sets, token caches, and the one data module that serves them."""
 
 from tessera.data.datamodule import ImageDataModule
-from tessera.data.images import DigitsImages, FashionMNISTImages, FolderImages, ImageDataset
-from tessera.data.pixels import from_uint8, to_uint8
-from tessera.data.token_cache import TokenCache, build_token_cache
+from tessera.data.folder import FolderImages
+from tessera.data.images import DigitsImages, FashionMNISTImages, ImageDataset
+from tessera.data.pixels import from_uint8, to_uint8, unit_to_uint8
+from tessera.data.token_build import build_token_cache
+from tessera.data.token_cache import TokenCache
+from tessera.data.token_jsonl import export_jsonl, import_jsonl
 
 __all__ = [
     "DigitsImages",
@@ -13,6 +16,9 @@ __all__ = [
     "ImageDataset",
     "TokenCache",
     "build_token_cache",
+    "export_jsonl",
     "from_uint8",
+    "import_jsonl",
     "to_uint8",
+    "unit_to_uint8",
 ]

@@ -1,15 +1,14 @@
-"""Tokens on disk: one memory-mapped array with a manifest, built once in parallel and resumable, then read by many.
+"""Tokens on disk: memory-mapped arrays with a manifest, made once (token_build.py), read by many processes.
 
-Layout of the folder: `manifest.json`, `tokens.bin` (N V, P, L) in the smallest unsigned type, `labels.bin` (N,) int32,
-`done.bin` one byte per chunk of images. Rows are image-major, view-minor.
+Layout of the folder: `manifest.json`; `tokens.bin` (N V, P, L) in the smallest unsigned type, rows image-major and
+view-minor; `labels.bin` (N,) int32; `index.bin` (N,) int64, the images' numbers in the data set; and while it is being
+built `done.bin`, one byte per chunk of images.
 """
 
-import errno
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera import distributed
-from tessera.data.images import VIEWS, ImageDataset, check_labels
-from tessera.errors import CheckpointError, ConfigError, DataError, MissingFileError
-
-log = logging.getLogger(__name__)
+from tessera.data.images import VIEWS, check_labels
+from tessera.errors import CheckpointError, MissingFileError
 
 FORMAT = 1
-Encode = Callable[[dict[str, Tensor]], Tensor]
+MANIFEST = "manifest.json"
+ARRAYS = ("tokens.bin", "labels.bin", "index.bin")
 
 
 @dataclass
 class Manifest:
-    """What a cache holds; all but `checksum` and `complete` must agree for it to be reused.
+    """What a cache holds.
 
     Attributes:
         tokenizer: fingerprint of the tokenizer's token space.
@@ -38,12 +35,13 @@ class Manifest:
         views: images per sample: none, flip or ten_crop.
         images: N.
         branches, length: P, L.
-        codebook_size: K.
+        codebook_size: K; tokens are in [0, K).
         num_classes: labels are in [0, num_classes).
-        extra: whatever else determines the tokens (generator, sigma, sampling settings, seed).
-        format: of the folder.
-        checksum: sha256 over tokens and labels.
+        extra: whatever else determines the tokens (generator, sigma, sampling settings, seed), of plain JSON types.
+        format: version of the folder's layout.
         complete: all rows are written.
+        checksum: sha256 over the arrays, once complete.
+        seal: sha256 over the other fields.
     """
 
     tokenizer: str
@@ -56,8 +54,9 @@ class Manifest:
     num_classes: int
     extra: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
-    checksum: str = ""
     complete: bool = False
+    checksum: str = ""
+    seal: str = ""
 
     @property
     def rows(self) -> int:
@@ -67,260 +66,165 @@ class Manifest:
     @property
     def dtype(self) -> np.dtype:
         """Smallest unsigned type that holds K codes."""
-        return np.dtype(
-            np.uint8 if self.codebook_size <= 256 else np.uint16 if self.codebook_size <= 65536 else np.uint32
-        )
+        return np.min_scalar_type(self.codebook_size - 1)
 
-    def identity(self) -> dict[str, Any]:
-        """The facts that have to agree, as JSON stores them."""
-        facts = {key: value for key, value in asdict(self).items() if key not in ("checksum", "complete")}
+    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Type and shape of each array file."""
+        return {
+            "tokens.bin": (self.dtype, (self.rows, self.branches, self.length)),
+            "labels.bin": (np.dtype(np.int32), (self.images,)),
+            "index.bin": (np.dtype(np.int64), (self.images,)),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What has to agree for a cache to be used in the place of another, as JSON stores it."""
+        facts = {key: value for key, value in asdict(self).items() if key not in ("complete", "checksum", "seal")}
         return json.loads(json.dumps(facts))
 
-    def difference(self, other: "Manifest") -> str:
-        """Readable list of the facts in which `other` differs; "" if none."""
-        ours, theirs = self.identity(), other.identity()
-        return "; ".join(
-            f"{key} is {theirs[key]!r} instead of {ours[key]!r}" for key in ours if ours[key] != theirs[key]
-        )
+    def difference(self, wanted: dict[str, Any]) -> str:
+        """Readable list of the facts that are not as wanted; "" if none."""
+        own = self.facts()
+        wanted = json.loads(json.dumps(wanted))
+        return "; ".join(f"{key} is {own[key]!r}, not {wanted[key]!r}" for key in wanted if own[key] != wanted[key])
+
+    def _seal(self) -> str:
+        content = {key: value for key, value in asdict(self).items() if key != "seal"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json atomically."""
-        temporary = folder / "manifest.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, folder / "manifest.json")
+        """Write the manifest file atomically."""
+        self.seal = self._seal()
+        temporary = folder / f"{MANIFEST}.tmp"
+        with open(temporary, "w") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read manifest.json; MissingFileError or CheckpointError where there is none or it is damaged."""
-        path = folder / "manifest.json"
+        """Read the manifest file.
+
+        Raises:
+            MissingFileError: there is none.
+            CheckpointError: damaged, or of another format version.
+        """
+        path = folder / MANIFEST
         if not path.is_file():
             raise MissingFileError(
-                f"{folder} holds no token cache (no manifest.json); build it by training a generator"
+                f"{folder} holds no token cache (no {MANIFEST}); correct data.token_cache, or build it: training a "
+                "generator does"
             )
         try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            content = json.loads(path.read_text())
+            version = content.get("format")
+            manifest = cls(**content) if version == FORMAT else None
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
+        if manifest is None:
+            raise CheckpointError(
+                f"{path} has format version {version}, not {FORMAT}; delete {folder} to build it again"
+            )
+        if manifest.seal != manifest._seal():
+            raise CheckpointError(f"{path} was changed after it was written; delete {folder} to build it again")
+        return manifest
 
 
-def _allocate(path: Path, size: int) -> None:
-    """Reserve `size` bytes now: a memory map on a full disk would kill the process in the middle."""
-    with open(path, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise DataError(
-                    f"no room for {size / 2**20:.1f} MiB in {path.parent}; free space or set paths.tokens to another disk"
-                ) from error
-            raise
-
-
-def _maps(folder: Path, manifest: Manifest, mode: str) -> tuple[np.memmap, np.memmap]:
-    tokens = np.memmap(
-        folder / "tokens.bin", manifest.dtype, mode, shape=(manifest.rows, manifest.branches, manifest.length)
-    )
-    return tokens, np.memmap(folder / "labels.bin", np.int32, mode, shape=(manifest.images,))
-
-
-def _checksum(folder: Path) -> str:
+def checksum(folder: Path) -> str:
+    """sha256 over the content of the arrays."""
     digest = hashlib.sha256()
-    for name in ("tokens.bin", "labels.bin"):
+    for name in ARRAYS:
         with open(folder / name, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def _prepare(folder: Path, wanted: Manifest, chunks: int) -> None:
-    """Make the files, or accept those of an interrupted build of the same tokens."""
-    if (folder / "manifest.json").exists():
-        found = Manifest.read(folder)
-        if difference := wanted.difference(found):
-            raise CheckpointError(f"{folder} holds other tokens: {difference}; delete it or choose another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    _allocate(folder / "tokens.bin", wanted.rows * wanted.branches * wanted.length * wanted.dtype.itemsize)
-    _allocate(folder / "labels.bin", wanted.images * 4)
-    (folder / "done.bin").write_bytes(bytes(chunks))
-    wanted.write(folder)  # last: a folder without manifest is started over
-
-
-def build_token_cache(
-    folder: str | Path,
-    dataset: ImageDataset,
-    encode: Encode,
-    *,
-    tokenizer_fingerprint: str,
-    codebook_size: int,
-    shape: tuple[int, int],
-    views: str = "none",
-    extra: dict[str, Any] | None = None,
-    batch_size: int = 64,
-    chunk_images: int = 256,
-) -> Path:
-    """Encode a data set into a token cache; every process of the group takes its share of the chunks.
-
-    A finished cache of the same content is left as it is; an interrupted one is continued at the first missing chunk.
-
-    Args:
-        folder: of the cache.
-        dataset: its `views(number, views)` are encoded.
-        encode: dict of `image` (B, 3, S, S), `label` (B,), `index` (B,) -> tokens (B, P, L) integer. The index is the
-            row: unique per view.
-        tokenizer_fingerprint, codebook_size: of the token space.
-        shape: (P, L).
-        views: none, flip or ten_crop.
-        extra: further facts that determine the tokens, of plain JSON types.
-        batch_size: images per call of `encode` (all views of some images, so at least one image's).
-        chunk_images: images between two markers on disk.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: the folder holds other tokens.
-        DataError: full disk, or tokens of another shape or range.
-    """
-    folder = Path(folder)
-    if views not in VIEWS:
-        raise ConfigError(f"tokens.views={views!r} is unknown; choose one of {', '.join(VIEWS)}")
-    wanted = Manifest(
-        tokenizer_fingerprint,
-        dataset.fingerprint(),
-        views,
-        len(dataset),
-        *shape,
-        codebook_size,
-        dataset.num_classes,
-        extra or {},
-    )
-    chunks = -(-len(dataset) // chunk_images)
-    if distributed.rank() == 0:
-        _prepare(folder, wanted, chunks)
-    distributed.barrier()
-    if Manifest.read(folder).complete:
-        return folder
-    tokens, labels = _maps(folder, wanted, "r+")
-    done = np.memmap(folder / "done.bin", np.uint8, "r+", shape=(chunks,))
-    own = range(distributed.rank(), chunks, distributed.world_size())
-    log.info("building %s: %d of %d chunks to do here", folder, sum(not done[c] for c in own), chunks)
-    for chunk in own:
-        if done[chunk]:
-            continue
-        numbers = range(chunk * chunk_images, min((chunk + 1) * chunk_images, len(dataset)))
-        for rows, batch in _batches(dataset, numbers, views, max(1, batch_size // VIEWS[views])):
-            found = encode(batch).cpu()
-            _check_tokens(found, (len(rows), *shape), codebook_size)
-            tokens[rows.start : rows.stop] = found.numpy()
-            labels[rows.start // VIEWS[views] : rows.stop // VIEWS[views]] = batch["label"][:: VIEWS[views]].numpy()
-        tokens.flush()
-        labels.flush()
-        done[chunk] = 1
-        done.flush()
-    distributed.barrier()
-    if distributed.rank() == 0:
-        if not np.all(np.fromfile(folder / "done.bin", np.uint8)):
-            raise DataError(f"{folder}: some chunks were not written; run again to complete it")
-        wanted.checksum, wanted.complete = _checksum(folder), True
-        wanted.write(folder)
-    distributed.barrier()
-    return folder
-
-
-def _batches(
-    dataset: ImageDataset, numbers: range, views: str, images: int
-) -> Iterator[tuple[range, dict[str, Tensor]]]:
-    """(rows, batch) over some images; all views of an image stay in one batch."""
-    count = VIEWS[views]
-    for start in range(numbers.start, numbers.stop, images):
-        part = range(start, min(start + images, numbers.stop))
-        rows = range(part.start * count, part.stop * count)
-        labels = torch.tensor([dataset.label(number) for number in part])
-        yield (
-            rows,
-            {
-                "image": torch.cat([dataset.views(number, views) for number in part]),
-                "label": labels.repeat_interleave(count),
-                "index": torch.arange(rows.start, rows.stop),
-            },
-        )
-
-
-def _check_tokens(tokens: Tensor, shape: tuple[int, ...], codebook_size: int) -> None:
-    if tuple(tokens.shape) != shape or tokens.is_floating_point():
-        raise DataError(
-            f"the encoder gave {tokens.dtype} tokens of shape {tuple(tokens.shape)} instead of integers {shape}"
-        )
-    if tokens.numel() and (tokens.min() < 0 or tokens.max() >= codebook_size):
-        raise DataError(f"the encoder gave token {int(tokens.max())}, outside [0, {codebook_size})")
-
-
 class TokenCache:
-    """A finished cache, opened for reading; processes share its pages.
-
-    Args:
-        folder: of the cache.
-        tokenizer_fingerprint: refuse tokens of another tokenizer; None accepts any.
-        **expected: further manifest facts that must agree (data, views, extra, ...).
+    """A finished cache, opened for reading by `TokenCache.open`. Processes share its pages; pickling reopens it.
 
     Attributes:
+        folder: of the cache.
+        manifest: what it holds.
         tokens: (N V, P, L) memory map.
         labels: (N,) memory map.
-
-    Raises:
-        MissingFileError: no cache there.
-        CheckpointError: unfinished, damaged, or of other content.
+        index: (N,) memory map; the images' numbers in the data set.
     """
 
-    def __init__(self, folder: str | Path, tokenizer_fingerprint: str | None = None, **expected: Any):
-        self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder)
-        if self.manifest.format != FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {self.manifest.format}, not {FORMAT}; delete it to build it again"
-            )
-        if not self.manifest.complete:
-            raise CheckpointError(f"{folder} is not finished; run the command that builds it again to complete it")
-        if tokenizer_fingerprint is not None and self.manifest.tokenizer != tokenizer_fingerprint:
-            raise CheckpointError(
-                f"{folder} holds tokens of tokenizer {self.manifest.tokenizer}, not of {tokenizer_fingerprint}; give the "
-                "tokenizer it was made with, or another data.token_cache"
-            )
-        found = self.manifest.identity()
-        for key, value in json.loads(json.dumps(expected)).items():
-            if found[key] != value:
-                raise CheckpointError(
-                    f"{folder} has {key}={found[key]!r} instead of {value!r}; delete it to build it again"
-                )
-        sizes = {
-            "tokens.bin": self.manifest.rows
-            * self.manifest.branches
-            * self.manifest.length
-            * self.manifest.dtype.itemsize,
-            "labels.bin": self.manifest.images * 4,
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        maps = {
+            name: np.memmap(folder / name, dtype, "r", shape=shape)
+            for name, (dtype, shape) in manifest.arrays().items()
         }
-        for name, size in sizes.items():
-            path = self.folder / name
-            actual = path.stat().st_size if path.exists() else 0
-            if actual != max(size, 1):
-                raise CheckpointError(f"{path} has {actual} bytes instead of {size}; delete {folder} to build it again")
-        self.tokens, self.labels = _maps(self.folder, self.manifest, "r")
-        check_labels(self.labels, self.manifest.num_classes, str(folder))
+        self.tokens, self.labels, self.index = (maps[name] for name in ARRAYS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenCache, (self.folder, self.manifest)  # a pickled memory map would carry its content
+
+    @classmethod
+    def open(cls, folder: str | Path, *, tokenizer_fingerprint: str | None = None, **wanted: Any) -> "TokenCache":
+        """Open a cache after checking that it is whole (manifest and sizes; `verify` reads the content) and fits.
+
+        Args:
+            folder: of the cache.
+            tokenizer_fingerprint: refuse tokens of another tokenizer; None accepts any.
+            **wanted: further fields of the manifest that must agree (data, views, codebook_size, extra, ...).
+
+        Raises:
+            MissingFileError: no cache there.
+            CheckpointError: unfinished, damaged, or of other content.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        if not manifest.complete:
+            raise CheckpointError(f"{folder} is not finished; repeat the command that builds it to complete it")
+        if tokenizer_fingerprint is not None and manifest.tokenizer != tokenizer_fingerprint:
+            raise CheckpointError(
+                f"data.token_cache={folder} holds tokens of tokenizer {manifest.tokenizer}, not of "
+                f"{tokenizer_fingerprint}; give the tokenizer it was made with, or another cache"
+            )
+        if difference := manifest.difference(wanted):
+            raise CheckpointError(f"data.token_cache={folder} holds other tokens: {difference}; choose another folder")
+        for name, (dtype, shape) in manifest.arrays().items():
+            size = dtype.itemsize * int(np.prod(shape))
+            actual = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if actual != size:
+                raise CheckpointError(
+                    f"{folder / name} has {actual} bytes, not {size}; delete {folder} to build it again"
+                )
+        cache = cls(folder, manifest)
+        check_labels(cache.labels, manifest.num_classes, str(folder))
+        return cache
 
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def rows(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, P, L) int64 and labels (B,) int64 of some rows."""
-        wanted = np.asarray(numbers)
-        tokens = torch.from_numpy(self.tokens[wanted].astype(np.int64))
-        labels = torch.from_numpy(self.labels[wanted // VIEWS[self.manifest.views]].astype(np.int64))
-        return tokens, labels
+    def rows(self, numbers: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        """Some rows as a batch.
+
+        Args:
+            numbers: B row numbers in [0, N V).
+
+        Returns:
+            `tokens` (B, P, L), `label` (B,) and `index` (B,), all int64. The index tells views apart: number of the
+            image in the data set times V, plus the view.
+        """
+        images, views = np.divmod(np.asarray(numbers), VIEWS[self.manifest.views])
+        index = self.index[images] * VIEWS[self.manifest.views] + views
+        return {
+            "tokens": torch.from_numpy(self.tokens[numbers].astype(np.int64)),
+            "label": torch.from_numpy(self.labels[images].astype(np.int64)),
+            "index": torch.from_numpy(index),
+        }
 
     def verify(self) -> None:
-        """Compare the checksum (reads everything) and the range of the tokens; CheckpointError where it fails."""
-        if _checksum(self.folder) != self.manifest.checksum:
-            raise CheckpointError(f"{self.folder} is damaged (checksum); delete it to build it again")
+        """Read everything: compare the checksum and the range of the tokens.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        if checksum(self.folder) != self.manifest.checksum:
+            raise CheckpointError(f"{self.folder} is damaged (its checksum differs); delete it to build it again")
         if len(self) and int(self.tokens.max()) >= self.manifest.codebook_size:
             raise CheckpointError(f"{self.folder} holds tokens outside [0, {self.manifest.codebook_size})")

@@ -1,5 +1,6 @@
 """Crops and flips on PIL images. Random ones draw from a generator of the sample's own."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -10,11 +11,11 @@ from tessera.errors import ConfigError
 Crop = Callable[[Image.Image, int], Image.Image]
 
 
-def _shrink(image: Image.Image, size: int) -> Image.Image:
-    """Resize to a shorter side of `size`: BOX halvings while it is at least twice as long, then bicubic."""
-    while min(image.size) >= 2 * size:
+def _shrink(image: Image.Image, side: int) -> Image.Image:
+    """Resize to a shorter side of `side`: BOX halvings while it is at least twice as long, then bicubic."""
+    while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.BOX)
-    scale = size / min(image.size)
+    scale = side / min(image.size)
     return image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.BICUBIC)
 
 
@@ -23,7 +24,12 @@ def _cut(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop of openai/guided-diffusion, used by XQ-GAN, RobusTok, LlamaGen and RAR."""
+    """`center_crop_arr` of openai/guided-diffusion, used by XQ-GAN, RobusTok, LlamaGen and RAR.
+
+    Args:
+        image: any size; smaller ones are enlarged.
+        size: side of the crop.
+    """
     image = _shrink(image, size)
     return _cut(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
@@ -31,13 +37,17 @@ def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
 def random_crop_adm(
     image: Image.Image, size: int, rng: random.Random, min_fraction: float = 0.8, max_fraction: float = 1.0
 ) -> Image.Image:
-    """Random crop of openai/guided-diffusion: a random shorter side, then a random position.
+    """`random_crop_arr` of openai/guided-diffusion: a random shorter side, then a random position.
 
-    The shorter side is uniform in [ceil(size / max_fraction), ceil(size / min_fraction)]; draws come in the order
-    shorter side, top, left.
+    Args:
+        image: any size.
+        size: side of the crop.
+        rng: draws in the order shorter side, top, left.
+        min_fraction, max_fraction: of the shorter side that the crop covers; the shorter side is resized to a uniform
+            integer in [ceil(size / max_fraction), ceil(size / min_fraction)].
     """
-    smallest, largest = -(-size // max_fraction), -(-size // min_fraction)
-    image = _shrink(image, rng.randrange(int(smallest), int(largest) + 1))
+    smallest, largest = math.ceil(size / max_fraction), math.ceil(size / min_fraction)
+    image = _shrink(image, rng.randrange(smallest, largest + 1))
     top = rng.randrange(image.height - size + 1)
     left = rng.randrange(image.width - size + 1)
     return _cut(image, left, top, size)
@@ -70,19 +80,6 @@ def center_crop_var(image: Image.Image, size: int) -> Image.Image:
     return _center(_resize_shorter(image, round(1.125 * size), Image.LANCZOS), size)
 
 
-def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    """Four corners and centre of the centre crop to int(1.1 size), then the same of its mirror image (RAR)."""
-    large = center_crop_adm(image, int(1.1 * size))
-    crops = []
-    for view in (large, large.transpose(Image.FLIP_LEFT_RIGHT)):
-        end = view.width - size
-        middle = round(end / 2.0)
-        crops += [
-            _cut(view, left, top, size) for left, top in ((0, 0), (end, 0), (0, end), (end, end), (middle, middle))
-        ]
-    return crops
-
-
 CENTER_CROPS: dict[str, Crop] = {
     "adm": center_crop_adm,
     "bicubic": center_crop_bicubic,
@@ -92,12 +89,33 @@ CENTER_CROPS: dict[str, Crop] = {
 
 
 def center_crop(name: str) -> Crop:
-    """The centre crop of that id; ConfigError for an unknown one."""
+    """The centre crop of that id.
+
+    Raises:
+        ConfigError: unknown.
+    """
     if name not in CENTER_CROPS:
         raise ConfigError(f"data.dataset.crop={name!r} is unknown; choose one of {', '.join(CENTER_CROPS)}")
     return CENTER_CROPS[name]
 
 
+def mirror(image: Image.Image) -> Image.Image:
+    """Horizontal flip."""
+    return image.transpose(Image.FLIP_LEFT_RIGHT)
+
+
+def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
+    """RAR's ten views: four corners and centre of ADM's crop to int(1.1 size), then the same of its mirror image.
+
+    Source: bytedance/1d-tokenizer, scripts/pretokenization.py (torchvision's TenCrop).
+    """
+    large = center_crop_adm(image, int(1.1 * size))
+    end = large.width - size
+    middle = round(end / 2.0)
+    corners = ((0, 0), (end, 0), (0, end), (end, end), (middle, middle))
+    return [_cut(view, left, top, size) for view in (large, mirror(large)) for left, top in corners]
+
+
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
-    """The augmentation's generator: a function of (seed, epoch, index), whatever the worker or the order."""
+    """A sample's own generator: a function of (seed, epoch, index), whatever the worker, the process or the order."""
     return random.Random(f"{seed}/{epoch}/{index}")

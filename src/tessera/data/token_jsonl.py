@@ -1,0 +1,142 @@
+"""The published layout of pretokenised data: a text file with one line `{"class_id": 0, "tokens": [...]}` per sample.
+
+Published by RAR (`maskgitvq.jsonl`) and RobusTok. Slow to read, so it is converted into a token cache once.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera.data.images import VIEWS, check_labels, check_views
+from tessera.data.token_cache import MANIFEST, Manifest, TokenCache
+from tessera.data.token_writer import TokenWriter, allocate, check_tokens, finish
+from tessera.errors import CheckpointError, ConfigError, DataError, MissingFileError
+
+BLOCK = 4096  # lines held at once
+
+
+def export_jsonl(cache: TokenCache, path: str | Path) -> Path:
+    """Write a cache as JSON lines; with P > 1 branches `tokens` is a list of P lists.
+
+    Args:
+        cache: an open cache.
+        path: of the file; appears when it is complete.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        for start in range(0, len(cache), BLOCK):
+            batch = cache.rows(np.arange(start, min(start + BLOCK, len(cache))))
+            tokens = batch["tokens"].squeeze(1) if cache.manifest.branches == 1 else batch["tokens"]
+            for label, row in zip(batch["label"].tolist(), tokens.tolist(), strict=True):
+                file.write(json.dumps({"class_id": label, "tokens": row}) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def import_jsonl(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    tokenizer_fingerprint: str,
+    codebook_size: int,
+    num_classes: int,
+    views: str = "none",
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Convert JSON lines into a token cache.
+
+    Args:
+        path: of the file; every line `class_id` and `tokens` (L integers, or P lists of L).
+        folder: of the new cache.
+        tokenizer_fingerprint: of the tokenizer that made the tokens; nothing in the file tells.
+        codebook_size, num_classes: ranges of tokens and labels.
+        views: "none" unless the lines are known to be image-major and view-minor. The published ten-crop files are
+            not: each line then counts as an image of its own.
+        extra: further facts for the manifest.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MissingFileError: no such file.
+        ConfigError: unknown views.
+        CheckpointError: the folder holds a finished cache.
+        DataError: a malformed line (named by number), tokens or labels out of range, a full disk.
+    """
+    path, folder = Path(path), Path(folder)
+    check_views(views)
+    if codebook_size < 1:
+        raise ConfigError(f"codebook_size={codebook_size} must be at least 1")
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; give the file of JSON lines")
+    if (folder / MANIFEST).exists() and Manifest.read(folder).complete:
+        raise CheckpointError(f"{folder} already holds a token cache; delete it or choose another folder")
+    with open(path, "rb") as file:
+        lines = sum(1 for _ in file)
+    count = VIEWS[views]
+    if lines == 0 or lines % count:
+        raise DataError(f"{path} has {lines} lines, which is no positive multiple of the {count} views per image")
+    tokens, _ = next(_blocks(path, 1))
+    manifest = Manifest(
+        tokenizer=tokenizer_fingerprint,
+        data="",
+        views=views,
+        images=lines // count,
+        branches=tokens.shape[1],
+        length=tokens.shape[2],
+        codebook_size=codebook_size,
+        num_classes=num_classes,
+        extra=extra or {},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    allocate(folder, manifest, chunks=1)
+    done = 0
+    with TokenWriter(folder, manifest) as writer:
+        for tokens, labels in _blocks(path, BLOCK // count * count):
+            where = f"{path}, lines {done * count + 1} to {done * count + len(tokens)}"
+            check_tokens(tokens, (len(tokens), manifest.branches, manifest.length), codebook_size, where)
+            check_labels(labels, num_classes, where)
+            labels = labels.reshape(-1, count)
+            if (labels != labels[:, :1]).any():
+                raise DataError(f"{where}: views of one image have different classes; import with views=none")
+            images = range(done, done + len(labels))
+            writer.write(images, tokens, labels[:, 0], np.arange(images.start, images.stop))
+            done = images.stop
+        writer.mark(0)
+    finish(folder, manifest)
+    return folder
+
+
+def _blocks(path: Path, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens (n, P, L) and labels (n,) of `size` lines at a time."""
+    shape: tuple[int, ...] | None = None
+    number = 0
+    with open(path) as file:
+        while lines := list(islice(file, size)):
+            tokens, labels = [], []
+            for line in lines:
+                number += 1
+                try:
+                    content = json.loads(line)
+                    row, label = np.asarray(content["tokens"]), int(content["class_id"])
+                    if row.dtype.kind not in "iu" or row.ndim not in (1, 2):
+                        raise ValueError("tokens are no list of integers, or of P equally long ones")
+                    shape = shape or row.shape
+                    if row.shape != shape:
+                        raise ValueError(f"tokens of shape {row.shape} after {shape}")
+                except (ValueError, TypeError, KeyError) as error:
+                    raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
+                tokens.append(row)
+                labels.append(label)
+            stacked = np.stack(tokens)
+            yield (stacked[:, None] if stacked.ndim == 2 else stacked), np.asarray(labels)
