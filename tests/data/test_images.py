@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from tessera.data import DigitsImages, FashionMNISTImages
 from tessera.data.images import ArrayImages
@@ -47,9 +48,11 @@ def test_sample_format():
     assert torch.equal(sample["image"][0], sample["image"][2])
     assert (sample["label"], sample["index"]) == (val.label(3), 3)
     assert torch.equal(val[7, 3]["image"], sample["image"]), "a key may carry an epoch"
-    batch = val[[(0, 5), (0, 2)]]
-    assert batch["image"].shape == (2, 3, 16, 16) and batch["index"].tolist() == [5, 2]
-    assert batch["label"].dtype == batch["index"].dtype == torch.int64
+    keys = [(0, 5), 2, (3, 5)]
+    batch, one_by_one = val[keys], default_collate([val[key] for key in keys])
+    assert batch["image"].shape == (3, 3, 16, 16) and batch["index"].tolist() == [5, 2, 5]
+    for name, values in one_by_one.items():
+        assert torch.equal(batch[name], values) and batch[name].dtype == values.dtype
     for outside in (-1, len(val)):
         with pytest.raises(IndexError):
             val[outside]

@@ -342,6 +342,21 @@ def test_disk_that_fills_up_later_loses_no_chunk(tmp_path, monkeypatch):
     TokenCache.open(tmp_path / "c").verify()
 
 
+def test_a_chunk_is_marked_only_after_it_reached_the_disk(tmp_path, monkeypatch):
+    """Or a power failure could leave a marker without the tokens."""
+    real, events = os.pwrite, []
+
+    def pwrite(file, content, at):
+        events.append("marked" if content == b"\1" else "written")
+        return real(file, content, at)
+
+    monkeypatch.setattr(writer_module.os, "pwrite", pwrite)
+    monkeypatch.setattr(writer_module.os, "fsync", lambda file: events.append("synced"))
+    build(tmp_path / "c")
+    steps = "".join(event[0] for event in events if event).rstrip("s")
+    assert steps.count("sssm") == 7 and "wm" not in steps
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(writer_module.os, "pwrite", lambda file, content, at: real(file, content[:5], at))

@@ -134,8 +134,8 @@ def read_rgb(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            image.load()  # the pixels too: a truncated file fails only here
             mode = image.mode
+            # reads the pixels: a truncated file fails only here
             rgb = None if mode in DEEP_MODES else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise DataError(

@@ -181,6 +181,15 @@ class ArrayImages(ImageDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, key: Key | list[Key]) -> dict[str, Any]:
+        if not isinstance(key, list):
+            return super().__getitem__(key)
+        # the same for a batch at once: image by image costs 50 us each
+        index = torch.tensor([one[1] if isinstance(one, tuple) else one for one in key])
+        grey = from_uint8(torch.from_numpy(self.pixels[index.numpy()]))
+        images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
+        return {"image": images, "label": torch.from_numpy(self.labels[index.numpy()]), "index": index}
+
     def read(self, number: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[number]).convert("RGB"), number
 
