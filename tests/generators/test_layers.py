@@ -1,10 +1,11 @@
 """Layers: the cached pass equals the plain one, and the formulas hold."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from tessera.generators.cache import KVCache
-from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Attention
+from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Attention, Linear
 
 
 def randomised(module):
@@ -29,6 +30,20 @@ def test_attention_is_the_formula():
     scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
     expected = layer.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 12))
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_for_few_rows(rows, dtype):
+    layer, x = Linear(6, 9).to(dtype), torch.randn(rows, 1, 6, dtype=dtype)
+    expected = F.linear(x, layer.weight, layer.bias)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            actual = layer(x)
+        assert actual.is_contiguous() and actual.dtype == dtype
+        torch.testing.assert_close(actual, expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 def test_attention_with_cache_in_any_pieces():

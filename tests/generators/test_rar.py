@@ -173,7 +173,8 @@ def test_dropout_acts_in_training_only():
 def test_checkpointed_blocks_give_the_same_gradients():
     model = small_rar(dropout=0.3, attention_dropout=0.3).train()
     tokens, labels = batch()
-    gradients = []
+    gradients, runs = [], []
+    model.blocks[0].register_forward_pre_hook(lambda *_: runs.append(model.checkpoint_blocks))
     for checkpoint_blocks in (False, True):
         model.checkpoint_blocks = checkpoint_blocks
         model.zero_grad()
@@ -181,6 +182,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
         model.loss(tokens, labels, rng=IndexedRng(0, torch.arange(4)))["loss"].backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1])
+    assert runs == [False, True, True]  # run again in the backward pass, where asked for
 
 
 def test_every_used_parameter_gets_a_gradient():

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
 from tessera.generators.base import Generator
-from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm
+from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Linear
 from tessera.generators.orders import permute, random_ratio, raster_orders, sample_orders
 from tessera.generators.rar_decoder import generate_raster
 from tessera.generators.sampling import Rng, SamplingConfig
@@ -107,7 +107,7 @@ class RAR(Generator):
             AdaptiveBlock(hidden_size, num_heads, mlp_size, dropout, attention_dropout) for _ in range(depth)
         )
         self.adaln_before_head = AdaptiveNorm(hidden_size)
-        self.lm_head = nn.Linear(hidden_size, token_ids)
+        self.lm_head = Linear(hidden_size, token_ids)
         self._init_weights()
 
     def _init_weights(self) -> None:

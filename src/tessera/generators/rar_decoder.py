@@ -31,9 +31,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-        # weights cast for autocast under no_grad carry no gradient; a training step in the same autocast
-        # region must not find them
-        torch.clear_autocast_cache()
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

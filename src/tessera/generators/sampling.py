@@ -103,10 +103,9 @@ def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     best, codes = scaled.topk(top_k, dim=-1)
     kept = best.softmax(-1)
     if top_p < 1.0:
-        # a code stays while the more probable ones together hold less than top_p
+        # a code stays while the more probable ones together hold less than top_p; the first always does
         before = kept.cumsum(-1) - kept
         kept = kept.masked_fill(before >= top_p, 0.0)
-        kept[..., 0] = best.softmax(-1)[..., 0]
         kept = kept / kept.sum(-1, keepdim=True)
     return torch.zeros_like(scaled).scatter_(-1, codes, kept)
 
