@@ -160,7 +160,7 @@ def _node_problems(key: str, value: Any, known: Definition) -> Iterator[Problem]
             targets = {value["_target_"]} if value["_target_"] is not None else known.targets
             yield from _target_problems(key, value, targets)
         elif known.targets:
-            yield key, f"{key} has values but is not among the chosen parts; choose it, or remove {key}"
+            yield key, f"{key} has values but is not among the chosen parts; choose it, or remove it with ~{key}"
             return
         elif known.keys:
             for name in value:
