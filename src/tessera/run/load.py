@@ -78,6 +78,27 @@ def load_generator(path: str, weights: str = "raw") -> nn.Module:
     return generator
 
 
+def load_discriminator(stage: nn.Module, path: str) -> bool:
+    """Start `stage.discriminator` and its LeCam means from a main-training checkpoint that has the same discriminator.
+
+    Returns:
+        Whether there was one; a stage without a discriminator, an exported tokenizer, or another architecture has none.
+    """
+    if stage.discriminator is None or Path(path).is_dir():
+        return False
+    state = read_checkpoint(path)["state_dict"]
+    parts = {name: getattr(stage, name) for name in ("discriminator", "lecam")}
+    found = {name: {k: state.get(f"{name}.{k}") for k in part.state_dict()} for name, part in parts.items()}
+    for name, part in parts.items():
+        if any(found[name][k] is None or found[name][k].shape != v.shape for k, v in part.state_dict().items()):
+            log.info("%s holds no %s of this architecture; it starts from its initial weights", path, name)
+            return False
+    for name, part in parts.items():
+        part.load_state_dict(found[name])
+    log.info("discriminator from %s", path)
+    return True
+
+
 def check_token_space(generator: nn.Module, tokenizer: nn.Module, path: str | Path) -> None:
     """Refuse a tokenizer whose tokens mean something else than those the generator was trained on."""
     if generator.tokenizer_fingerprint != tokenizer.fingerprint():

@@ -11,7 +11,7 @@ from tessera.distributed import rank
 from tessera.generators.sampling import SamplingConfig
 from tessera.run.build import LAST, build_trainer, make, plain, prepare
 from tessera.run.fit import fit
-from tessera.run.load import WEIGHTS, check_token_space, load_tokenizer
+from tessera.run.load import WEIGHTS, check_token_space, load_discriminator, load_tokenizer
 from tessera.run.results import figures_of, read_results, write_results
 from tessera.run.strict import check_config
 from tessera.run.tokens import tokens_of_pairs
@@ -56,6 +56,8 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     if "gfid" in (cfg.callbacks or {}):
         OmegaConf.update(cfg, "callbacks.gfid.tokens", str(measure.samples), force_add=True)
     stage = make(cfg.stage)(tokenizer=tokenizer)
+    if cfg.load_discriminator and load_discriminator(stage, cfg.tokenizer.path):
+        stage.discriminator_warmup_steps = 0  # it knows real images already
     datamodule = make(cfg.data)(serve="pairs", token_cache=source.folder, expected_fingerprint=tokenizer.fingerprint())
     results = fit(cfg, run, stage, datamodule, {"tokenizer": tokenizer.architecture}, source)
     if results["stopped_by"] is None:
