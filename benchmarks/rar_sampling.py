@@ -39,6 +39,11 @@ SIZES = {"b": (768, 24, 3072), "l": (1024, 24, 4096), "xl": (1280, 32, 5120), "x
 TEMPERATURE, SCALE, POWER = 1.02, 4.0, 2.75
 
 
+def linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    """Plain x W^T + b, without what our layer does for few rows."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
 class PublicLoop:
     """The published sampling loop's structure on a RAR's weights (one branch)."""
 
@@ -82,8 +87,8 @@ class PublicLoop:
             x, condition = x[:, -1:], condition[:, -1:]
         for index, block in enumerate(model.blocks):
             x = self.block(block, x, condition, index)
-        scale, shift = model.adaln_before_head.adaLN_modulation[1](F.silu(condition)).chunk(2, -1)
-        return model.lm_head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        scale, shift = linear(model.adaln_before_head.adaLN_modulation[1], F.silu(condition)).chunk(2, -1)
+        return linear(model.lm_head, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
     @staticmethod
     def permuted(table: Tensor, orders: Tensor) -> Tensor:
@@ -94,14 +99,15 @@ class PublicLoop:
         return torch.cat([full[:, :2], places, full[:, 2 + length :]], 1)
 
     def block(self, block: torch.nn.Module, x: Tensor, condition: Tensor, index: int) -> Tensor:
-        modulation = block.adaLN_modulation[1](F.silu(condition))
+        modulation = linear(block.adaLN_modulation[1], F.silu(condition))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         x = x + gate1 * self.attention(block.attn, block.norm1(x) * (1 + scale1) + shift1, index)
-        return x + gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
+        hidden = F.gelu(linear(block.mlp.fc1, block.norm2(x) * (1 + scale2) + shift2))
+        return x + gate2 * linear(block.mlp.fc2, hidden)
 
     def attention(self, layer: torch.nn.Module, x: Tensor, index: int) -> Tensor:
         rows, count, dim = x.shape
-        qkv = layer.qkv(x).view(rows, count, 3, layer.num_heads, dim // layer.num_heads)
+        qkv = linear(layer.qkv, x).view(rows, count, 3, layer.num_heads, dim // layer.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k, mask = layer.q_norm(q), layer.k_norm(k), self.mask[:count, :count]
         if self.past[index] is not None:
@@ -109,7 +115,7 @@ class PublicLoop:
             mask = None
         self.past[index] = (k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return layer.proj(out.transpose(1, 2).reshape(rows, count, dim))
+        return linear(layer.proj, out.transpose(1, 2).reshape(rows, count, dim))
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
