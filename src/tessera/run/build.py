@@ -11,7 +11,7 @@ import hydra.utils
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
@@ -20,7 +20,12 @@ log = logging.getLogger(__name__)
 
 LAST = "checkpoints/last.ckpt"
 # Lightning's advice about choices that are made on purpose here
-QUIET = (".*LeafSpec.*", ".*in eval mode at the start of training.*", ".*does not have many workers.*")
+QUIET = (
+    ".*LeafSpec.*",
+    ".*in eval mode at the start of training.*",
+    ".*does not have many workers.*",
+    ".*overridden `on_before_batch_transfer`.*",
+)
 
 
 def plain(node: Any) -> Any:
@@ -131,11 +136,14 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Train
     trainer: Callable[..., lightning.Trainer] = hydra.utils.instantiate(
         {**plain(cfg.trainer), "_partial_": True}, _convert_="all"
     )
+    # Lightning adds parts of its own unless told otherwise
     return trainer(
-        callbacks=callbacks, logger=make(cfg.logger) or False, enable_checkpointing=any_checkpoint(callbacks)
+        callbacks=callbacks,
+        logger=make(cfg.logger) or False,
+        enable_checkpointing=_has(callbacks, Checkpoint),
+        enable_progress_bar=_has(callbacks, ProgressBar),
     )
 
 
-def any_checkpoint(callbacks: list[Callback]) -> bool:
-    """Whether checkpointing is on: Lightning adds its own ModelCheckpoint unless told otherwise."""
-    return any(isinstance(callback, lightning.pytorch.callbacks.Checkpoint) for callback in callbacks)
+def _has(callbacks: list[Callback], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)

@@ -53,7 +53,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if rank() == 0:
         path = write_results(run, results)
         for figure in results["figures"]:
-            log.info("%s = %.4f", figure["name"], figure["value"])
+            log.info("%s = %.4f", figure["label"], figure["value"])
         log.info("written to %s", path)
     return results
 

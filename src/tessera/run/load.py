@@ -4,30 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tessera.callbacks.ema import ema_weights
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run.build import make, read_checkpoint
+from tessera.zoo.keys import load_strictly
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("ema", "raw")
-
-
-def _strict_load(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    own = module.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{path} holds another architecture: {shown}")
-    module.load_state_dict(state)
 
 
 def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Path) -> nn.Module:
@@ -48,7 +34,7 @@ def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Pat
         for part, values in (averaged or {}).items():
             state.update({f"{part}.{key}".removeprefix(prefix): value for key, value in values.items()})
     module = make(architecture)
-    _strict_load(module, state, path)
+    load_strictly(module, state, str(path))
     module.architecture = architecture
     return module.eval()
 
