@@ -60,7 +60,8 @@ def nearest_codes(
     Args:
         x: (N, D) float of any precision; compared in float32.
         codebook: (K, D) float.
-        chunk_size: codes per tile; changes speed and memory, not the result.
+        chunk_size: codes per tile; changes speed and memory, but no result (distances closer than float32
+            resolves aside).
         metric: "euclidean", or "dot" (largest product; for unit vectors the same codes, one pass less).
 
     Returns:
@@ -109,7 +110,8 @@ def nearest_k(
         x: (N, D) float of any precision; compared in float32.
         codebook: (K, D) float.
         k: neighbours per vector, 1 <= k <= K.
-        chunk_size: codes per tile; changes speed and memory, not the result.
+        chunk_size: codes per tile; changes speed and memory, but no result (distances closer than float32
+            resolves aside).
         metric: as in `nearest_codes`.
 
     Returns:

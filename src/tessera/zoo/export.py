@@ -22,7 +22,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 def _defined_module(target: str) -> str:
-    """Module that defines what a dotted name of ours stands for; "" if it isn't ours or stands for nothing."""
+    """Module that defines what a dotted name of ours stands for; "" if that isn't ours or nothing."""
     if not target.startswith("tessera."):
         return ""
     *path, name = target.split(".")
