@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from forked import run_forked
 from stage_setup import STAGES, data, generator, token_cache, trainer
 
@@ -46,12 +47,11 @@ def losses_of(rank, world, name, folder, batch_size):
             def set_global_rank(self, rank):
                 pass
 
-        strategy = DDPStrategy(
-            process_group_backend="gloo", find_unused_parameters=True, cluster_environment=Forked()
-        )
+        strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True, cluster_environment=Forked())
         changes = {"strategy": strategy, "devices": world}
     trainer(folder, 4, **changes).fit(stage, data(serve, folder, batch_size=batch_size))
-    weights = torch.cat([p.detach().flatten() for p in stage.parameters() if p.requires_grad])
+    # codebook statistics, batch norm's and LeCam's running means included
+    weights = torch.cat([value.flatten() for value in stage.state_dict().values() if value.is_floating_point()])
     return values, weights.tolist()
 
 

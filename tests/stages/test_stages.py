@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from stage_setup import (
     STAGES,
     data,
@@ -13,11 +14,10 @@ from stage_setup import (
     tokenizer_stage,
     trainer,
 )
-
 from tessera.discriminators import PatchGAN
 from tessera.errors import CheckpointError, ConfigError
 from tessera.perturbation import NearestCodePerturbation
-from tessera.stages.base import DivergedError
+from tessera.stages.finite import DivergedError
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -52,13 +52,41 @@ def test_nothing_of_the_discriminator_runs_before_its_start(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in stage.discriminator.state_dict().items())
 
 
+def test_the_discriminator_is_frozen_in_the_generator_step(tmp_path):
+    stage = tokenizer_stage(discriminator_start=0.0)
+    calls = []
+    stage.discriminator.register_forward_pre_hook(
+        lambda module, _: calls.append({p.requires_grad for p in module.parameters()})
+    )
+    step = stage.discriminator_step
+
+    def discriminator_step(*arguments):
+        assert all(p.grad is None for p in stage.discriminator.parameters())
+        step(*arguments)
+
+    stage.discriminator_step = discriminator_step
+    trainer(tmp_path, 2).fit(stage, data("images", None, batch_size=16))
+    assert calls == [{False}, {True}, {True}] * 2
+
+
+def test_post_training_optimizes_the_decoder_only():
+    stage = post_training_stage()
+    decoder = {id(p) for module in stage.tokenizer.decoder_modules().values() for p in module.parameters()}
+    assert {id(p) for p in stage.trained_parameters()} == decoder
+    assert {id(p) for p in stage.tokenizer.parameters() if p.requires_grad} == decoder
+    stage.train()
+    assert not any(module.training for part in stage.frozen_parts() for module in part.modules())
+
+
 @pytest.mark.parametrize("source", ["tokens", "reencode"])
 def test_post_training_changes_the_decoder_only(tmp_path, source):
     stage = post_training_stage(source=source, discriminator_warmup_steps=0)
     before = {key: value.clone() for key, value in stage.tokenizer.state_dict().items()}
     fit = trainer(tmp_path, 3, standard_callbacks())
     fit.fit(stage, data("pairs", tmp_path))
-    changed = {key.split(".")[0] for key, value in stage.tokenizer.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key.split(".")[0] for key, value in stage.tokenizer.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed == {"decoder", "post_quant_conv"}
     if source == "reencode":
         assert 0 < fit.callback_metrics["train/reencoded_agreement"] <= 1
@@ -90,7 +118,9 @@ def test_overfits_one_batch(tmp_path, precision):
     stage.scheduler_factory = lambda optimizer, total: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     stage.optimizer_factory = lambda parameters: torch.optim.AdamW(parameters, lr=3e-3)
     values = []
-    stage.on_train_batch_end = lambda *_: values.append(float(stage.trainer.callback_metrics["train/loss/reconstruction"]))
+    stage.on_train_batch_end = lambda *_: values.append(
+        float(stage.trainer.callback_metrics["train/loss/reconstruction"])
+    )
     module = data("images", None, batch_size=16)
     batches = module.train_batches
     module.train_batches = lambda: (batches()[0], 16)
@@ -119,11 +149,17 @@ def test_generated_tokens_do_not_depend_on_the_batch():
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: tokenizer_stage(loss_weights={"comitment": 1.0}), r"loss_weights\.comitment is unknown; did you mean commitment"),
+        (
+            lambda: tokenizer_stage(loss_weights={"comitment": 1.0}),
+            r"loss_weights\.comitment is unknown; did you mean commitment",
+        ),
         (lambda: tokenizer_stage(loss_weights={"codebook": -1.0}), r"loss_weights\.codebook=-1\.0"),
         (lambda: tokenizer_stage(discriminator_start=2.0), r"stage\.discriminator_start=2\.0"),
         (lambda: tokenizer_stage(discriminator=PatchGAN(3, 4, 3)), r"resolution=16 is too small.*needs 24"),
-        (lambda: tokenizer_stage(perturbation=NearestCodePerturbation(0.5, 0.5, 33)), r"perturbation\.delta=33 exceeds"),
+        (
+            lambda: tokenizer_stage(perturbation=NearestCodePerturbation(0.5, 0.5, 33)),
+            r"perturbation\.delta=33 exceeds",
+        ),
         (lambda: tokenizer_stage(gradient_clip=0.0), r"stage\.gradient_clip=0\.0"),
         (lambda: tokenizer_stage(accumulate_grad_batches=0), r"accumulate_grad_batches=0"),
         (lambda: post_training_stage(source="pixels"), r"stage\.source='pixels'"),

@@ -31,6 +31,7 @@ def balanced_gradient(
     last_layer: nn.Parameter,
     weight: float,
     adaptive: bool = True,
+    scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the image losses at the reconstruction, with the adversarial part balanced.
 
@@ -46,6 +47,8 @@ def balanced_gradient(
         last_layer: weight of the decoder's output projection.
         weight: constant factor of the adversarial term.
         adaptive: multiply it by `adaptive_weight`; else by 1.
+        scale: loss scale of a float16 training, in which the backward pass to the last layer would round the
+            gradients of mean losses to a few multiples of 6e-8 (the weight came out twice too large).
 
     Returns:
         likelihood_grad + weight * adaptive * adversarial_grad, and the adaptive weight. Continue the backward pass
@@ -54,8 +57,13 @@ def balanced_gradient(
     factor = torch.ones((), device=reconstruction.device)
     if adaptive:
         norms = [
-            all_reduce_mean(torch.autograd.grad(reconstruction, last_layer, grad, retain_graph=True)[0])
-            for grad in (likelihood_grad.to(reconstruction.dtype), adversarial_grad.to(reconstruction.dtype))
+            all_reduce_mean(
+                torch.autograd.grad(
+                    reconstruction, last_layer, (grad * scale).to(reconstruction.dtype), retain_graph=True
+                )[0].float()
+                / scale
+            )
+            for grad in (likelihood_grad, adversarial_grad)
         ]
         factor = adaptive_weight(*norms)
     return likelihood_grad + weight * factor * adversarial_grad, factor

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tessera.errors import ConfigError, TesseraError
+from tessera.errors import ConfigError, DataError
+from tessera.quantizers.product import ProductQuantizer
 from tessera.rng import IndexedRng
+from tessera.stages.finite import LossCheck, check_weights
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
-
-
-class DivergedError(TesseraError, RuntimeError):
-    """A loss is not finite; training on would only destroy the weights."""
 
 
 class Unregistered:
@@ -50,7 +48,8 @@ class Stage(lightning.LightningModule):
     """Base of the trainings.
 
     One training step counts as one global step, whatever the number of optimizers; with gradient accumulation, one
-    window of batches does. Windows may span epochs.
+    window of batches does. Windows may span epochs; one that the end of training leaves open is dropped. A checkpoint
+    written inside a window holds its gradients, so that resuming is exact there, too.
 
     Args:
         gradient_clip: maximal gradient norm per optimizer; None: off.
@@ -69,15 +68,27 @@ class Stage(lightning.LightningModule):
         if accumulate_grad_batches < 1:
             raise ConfigError(f"stage.accumulate_grad_batches={accumulate_grad_batches} must be at least 1")
         self.gradient_clip, self.accumulate_grad_batches, self.seed = gradient_clip, accumulate_grad_batches, seed
-        # batches of the open window: a resumed run must not close it early
-        self.register_buffer("window", torch.zeros((), dtype=torch.int64))
+        self.window = 0  # batches of the open accumulation window
+        self._resumed_gradients: dict[str, Tensor] = {}
+        self._check_losses = LossCheck()
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Global steps of the whole training.
+
+        Raises:
+            ConfigError: neither trainer.max_steps nor trainer.max_epochs says where it ends.
+        """
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        return max(1, int(self.trainer.estimated_stepping_batches) // self.accumulate_grad_batches)
+        batches = self.trainer.estimated_stepping_batches
+        if batches == float("inf"):
+            raise ConfigError("trainer.max_steps is not set; the schedules need to know where training ends")
+        return max(1, int(batches) // self.accumulate_grad_batches - self.uncounted_steps())
+
+    def uncounted_steps(self) -> int:
+        """Steps of this training that don't count as global ones."""
+        return 0
 
     @property
     def progress(self) -> float:
@@ -113,46 +124,108 @@ class Stage(lightning.LightningModule):
         """Count a batch; whether it completes an accumulation window, so that the optimizers step."""
         if self.accumulate_grad_batches == 1:
             return True
-        full = int(self.window) + 1 >= self.accumulate_grad_batches
-        self.window.fill_(0 if full else int(self.window) + 1)
-        return full
+        self.window = (self.window + 1) % self.accumulate_grad_batches
+        return self.window == 0
+
+    @property
+    def scaler(self) -> Any:
+        """The GradScaler of a float16 training; None in other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def loss_scale(self) -> Tensor | float:
+        """What the GradScaler multiplies losses with at the moment (a scalar on the device); 1 without one."""
+        return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def backward_and_step(self, loss: Tensor, number: int, step: bool) -> None:
         """Backward pass of `loss` and, where `step`, an update by optimizer and scheduler `number`."""
-        optimizer = self.all_optimizers()[number]
+        optimizers = self.all_optimizers()
         self.manual_backward(loss / self.accumulate_grad_batches)
-        if step:
-            optimizer.step()
-            optimizer.zero_grad()
-            self.all_schedulers()[number].step()
+        self._check_losses(self.trainer.global_step)
+        if not step:
+            return
+        scale = self.loss_scale()
+        optimizers[number].step()
+        optimizers[number].zero_grad()
+        self.all_schedulers()[number].step()
+        if self.scaler is not None:
+            # the step may have changed the scale that gradients waiting for another optimizer were made with
+            others = [optimizer for other, optimizer in enumerate(optimizers) if other != number]
+            waiting = [p.grad for optimizer in others for p in parameters_of(optimizer) if p.grad is not None]
+            if waiting:
+                torch._foreach_mul_(waiting, self.loss_scale() / scale)
+
+    def on_fit_start(self) -> None:
+        if self.scaler is None or self.gradient_clip is None:
+            return
+        if any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.trainer.optimizers):
+            raise ConfigError(
+                "a fused optimizer unscales float16 gradients inside its step, after they would be clipped; set "
+                "optimizer.fused=false, stage.gradient_clip=null or trainer.precision=bf16-mixed"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights(self.named_parameters(), self.global_step)
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None} if self.window else {}
+        checkpoint["accumulation"] = {"batches": self.window, "gradients": gradients}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint.get("accumulation", {"batches": 0, "gradients": {}})
+        if found["batches"] >= self.accumulate_grad_batches:
+            raise ConfigError(
+                f"stage.accumulate_grad_batches={self.accumulate_grad_batches} is less than the {found['batches']} "
+                "batches that the checkpoint has accumulated; restore the former value"
+            )
+        self.window, self._resumed_gradients = found["batches"], found["gradients"]
+
+    def on_train_start(self) -> None:
+        parameters = dict(self.named_parameters())
+        for name, gradient in self._resumed_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._resumed_gradients = {}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip: Lightning calls this after a GradScaler has unscaled the gradients, also in manual optimisation."""
         if self.gradient_clip is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+            torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), self.gradient_clip)
 
     def log_losses(self, losses: dict[str, Tensor], prefix: str = "train/loss") -> None:
-        """Log named scalars and stop where one isn't finite.
-
-        Raises:
-            DivergedError: names the term and the step.
-        """
-        values = torch.stack([value.detach().float() for value in losses.values()])
-        if not bool(torch.isfinite(values).all()):
-            bad = [
-                name for name, value in zip(losses, values.tolist(), strict=True) if value != value or abs(value) > 3e38
-            ]
-            raise DivergedError(
-                f"{prefix}/{bad[0]} is not finite at step {self.trainer.global_step}; continue from the last checkpoint "
-                "with a lower optimizer.lr, stage.gradient_clip, or trainer.precision=32-true"
-            )
+        """Log named scalars, and have them checked: the next `backward_and_step` raises `DivergedError` where one
+        isn't finite."""
+        self._check_losses.add([f"{prefix}/{name}" for name in losses], losses.values())
         self.log_dict({f"{prefix}/{name}": value.detach() for name, value in losses.items()})
 
     def log_rates(self, names: list[str]) -> None:
         """Log the learning rates as train/lr/<name>."""
         for name, optimizer in zip(names, self.all_optimizers(), strict=False):
             self.log(f"train/lr/{name}", optimizer.param_groups[0]["lr"])
+
+
+def parameters_of(optimizer: Optimizer | LightningOptimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_tokens(batch: dict[str, Tensor], quantizer: ProductQuantizer) -> None:
+    """Refuse a batch whose tokens are not the quantizer's; on the CPU, where reading them costs no synchronisation.
+
+    Raises:
+        DataError: no tokens, tokens of another shape or outside of the codebook.
+    """
+    if "tokens" not in batch:
+        raise DataError(f"the batch holds {', '.join(batch)} but no tokens; set data.serve=tokens (or pairs)")
+    tokens, expected = batch["tokens"], (quantizer.num_branches, quantizer.num_tokens)
+    if tuple(tokens.shape[1:]) != expected:
+        raise DataError(
+            f"data.token_cache holds tokens of shape {tuple(tokens.shape[1:])} per image, but the tokenizer makes "
+            f"{expected} (branches, tokens); build the cache with this tokenizer"
+        )
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= quantizer.codebook_size:
+            raise DataError(
+                f"data.token_cache holds token {low if low < 0 else high}, outside [0, {quantizer.codebook_size}), the "
+                "tokenizer's codebook; build the cache with this tokenizer"
+            )
 
 
 def merged_weights(defaults: dict[str, float], given: dict[str, float] | None) -> dict[str, float]:

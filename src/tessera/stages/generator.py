@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError
@@ -9,7 +10,7 @@ from tessera.generators.base import Generator
 from tessera.generators.sampling import SamplingConfig
 from tessera.optim import decay_groups
 from tessera.rng import IndexedRng
-from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, Unregistered
+from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, Unregistered, check_tokens
 from tessera.tokenizers import Tokenizer
 
 
@@ -69,6 +70,12 @@ class GeneratorTraining(Stage):
         optimizer = self.optimizer_factory(decay_groups(self.generator, decay, self.decay_rule))
         return [optimizer], [self.scheduler_factory(optimizer, self.total_steps)]
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        if self.trainer.training:
+            check_tokens(batch, self._tokenizer.module.quantizer)
+            self.generator.check_labels(batch["label"])
+        return batch
+
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         losses = self.generator.loss(
             batch["tokens"], batch["label"], progress=self.progress, rng=self.sample_rng(batch)
@@ -81,10 +88,11 @@ class GeneratorTraining(Stage):
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Loss of the validation images' tokens in the final (raster) order."""
-        tokens = self.tokenizer.tokenize(batch["image"])
+        with torch.autocast(self.device.type, enabled=False):  # float32, as the training tokens were made
+            tokens = self.tokenizer.tokenize(batch["image"])
         losses = self.generator.loss(tokens, batch["label"], progress=1.0)
-        for name, value in losses.items():
-            self.log(f"val/{name}", value, batch_size=len(tokens), sync_dist=True, on_epoch=True)
+        logged = {"val/loss/total": losses["loss"], "val/accuracy": losses["accuracy"]}
+        self.log_dict(logged, batch_size=len(tokens), sync_dist=True, on_epoch=True)
         return {"tokens": tokens}
 
     def generate_tokens(self, labels: Tensor, index: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera.errors import CheckpointError, ConfigError
-from tessera.stages.base import Unregistered
+from tessera.errors import CheckpointError, ConfigError, DataError
+from tessera.stages.base import Unregistered, check_tokens
 from tessera.stages.reconstruction import ReconstructionStage
 
 SOURCES = ("tokens", "reencode")
@@ -51,7 +51,7 @@ class DecoderPostTraining(ReconstructionStage):
             raise ConfigError(f"stage.discriminator_warmup_steps={discriminator_warmup_steps} must not be negative")
         self.source, self.clean_share = source, clean_share
         self.discriminator_warmup_steps = discriminator_warmup_steps if self.discriminator is not None else 0
-        self.register_buffer("warmup_done", torch.zeros((), dtype=torch.int64))
+        self.warmup_done = 0
         for part in self.frozen_parts():
             part.requires_grad_(False)
         self.token_space = self.tokenizer.fingerprint()
@@ -63,6 +63,9 @@ class DecoderPostTraining(ReconstructionStage):
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         return {f"tokenizer.{name}": module for name, module in self.tokenizer.decoder_modules().items()}
+
+    def uncounted_steps(self) -> int:
+        return self.discriminator_warmup_steps
 
     def discriminator_steps(self) -> int:
         return self.total_steps + self.discriminator_warmup_steps
@@ -77,7 +80,8 @@ class DecoderPostTraining(ReconstructionStage):
     def decoded_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """The tokens (B, P, L) that this batch trains the decoder on."""
         tokens = batch["tokens"]
-        with torch.no_grad():
+        # in float32, as the tokens on disk were made
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self.source == "reencode":
                 original = self._original.get(self.device)
                 again = original.tokenize(original.detokenize(tokens))
@@ -94,7 +98,7 @@ class DecoderPostTraining(ReconstructionStage):
             z_q = self.tokenizer.quantizer.decode(self.decoded_tokens(batch))
         step = self.open_window()
         self.log_rates(["decoder", "discriminator"])
-        if self.discriminator_warmup_steps and int(self.warmup_done) < self.discriminator_warmup_steps:
+        if self.warmup_done < self.discriminator_warmup_steps:
             with torch.no_grad():
                 reconstruction = self.tokenizer.decode(z_q)
             self.discriminator_step(reconstruction, images, step)
@@ -106,15 +110,35 @@ class DecoderPostTraining(ReconstructionStage):
         if adversarial:
             self.discriminator_step(reconstruction, images, step)
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        if self.trainer.training:
+            check_tokens(batch, self.tokenizer.quantizer)
+            if "image" not in batch:
+                raise DataError("the batch holds no images to compare with; set data.serve=pairs")
+        return batch
+
     def check_token_space(self) -> None:
-        """CheckpointError where encoder or codebook are not bit-identical to the start."""
-        if self.tokenizer.fingerprint() != self.token_space:
+        """CheckpointError where encoder or codebook are not bit-identical to those training started from."""
+        found = self.tokenizer.fingerprint()
+        if found != self.token_space:
             raise CheckpointError(
-                "the tokenizer's encoder or codebook changed during post-training, so existing tokens lost their meaning"
+                f"the tokenizer's encoder or codebook changed in post-training (token space {self.token_space} became "
+                f"{found}), so existing tokens lost their meaning; continue with the checkpoint and the tokenizer.path "
+                "that belong together"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         self.check_token_space()
+        checkpoint["warmup_done"] = self.warmup_done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.warmup_done = checkpoint.get("warmup_done", 0)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.check_token_space()  # a checkpoint of another tokenizer's post-training
 
     def on_fit_end(self) -> None:
         self.check_token_space()

@@ -10,13 +10,13 @@ from tessera.losses import LPIPS, AdversarialLoss, LeCam, balanced_gradient, pix
 from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, Unregistered, merged_weights
 from tessera.tokenizers import Tokenizer
 
-# a power of two: exact in every precision, and keeps half-precision gradients of mean losses from vanishing
-GRADIENT_SCALE = 2.0**10
 
+def gradient_at(loss: Tensor, images: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """d loss / d images, float32.
 
-def gradient_at(loss: Tensor, images: Tensor) -> Tensor:
-    """d loss / d images, float32."""
-    return torch.autograd.grad(loss * GRADIENT_SCALE, images)[0].float() / GRADIENT_SCALE
+    `scale` keeps it from vanishing in half precision on the way: gradients of means over many pixels are tiny.
+    """
+    return torch.autograd.grad(loss * scale, images)[0].float() / scale
 
 
 class ReconstructionStage(Stage):
@@ -35,7 +35,12 @@ class ReconstructionStage(Stage):
         gradient_clip, accumulate_grad_batches, seed: see `Stage`.
     """
 
-    default_weights: ClassVar[dict[str, float]] = {"reconstruction": 1.0, "perceptual": 1.0, "adversarial": 0.5, "lecam": 0.001}
+    default_weights: ClassVar[dict[str, float]] = {
+        "reconstruction": 1.0,
+        "perceptual": 1.0,
+        "adversarial": 0.5,
+        "lecam": 0.001,
+    }
 
     def __init__(
         self,
@@ -84,16 +89,10 @@ class ReconstructionStage(Stage):
         schedulers = [self.scheduler_factory(optimizers[0], self.total_steps)]
         if self.discriminator is not None:
             optimizers.append(self.discriminator_optimizer_factory(self.discriminator.parameters()))
-            schedulers.append(self.discriminator_scheduler_factory(optimizers[1], self.discriminator_steps() or self.total_steps))
-        return optimizers, schedulers
-
-    def on_fit_start(self) -> None:
-        scaled = self.trainer.precision in ("16-mixed", "16")
-        if scaled and self.accumulate_grad_batches > 1 and self.discriminator is not None:
-            raise ConfigError(
-                f"trainer.precision={self.trainer.precision} with stage.accumulate_grad_batches > 1 and a discriminator "
-                "would mix gradients of different loss scales; use trainer.precision=bf16-mixed"
+            schedulers.append(
+                self.discriminator_scheduler_factory(optimizers[1], self.discriminator_steps() or self.total_steps)
             )
+        return optimizers, schedulers
 
     def image_losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Unweighted reconstruction and perceptual losses, float32."""
@@ -119,11 +118,12 @@ class ReconstructionStage(Stage):
         images = reconstruction.detach().requires_grad_()
         losses = self.image_losses(images, targets)
         likelihood = sum(self.weights[name] * value for name, value in losses.items())
-        gradient = gradient_at(likelihood, images)
+        scale = self.loss_scale()
+        gradient = gradient_at(likelihood, images, scale)
         if adversarial:
             self.discriminator.requires_grad_(False)
             losses["adversarial"] = self.adversarial.generator(self.discriminator(images))
-            adversarial_gradient = gradient_at(losses["adversarial"], images)
+            adversarial_gradient = gradient_at(losses["adversarial"], images, scale)
             self.discriminator.requires_grad_(True)
             gradient, factor = balanced_gradient(
                 reconstruction,
@@ -132,6 +132,7 @@ class ReconstructionStage(Stage):
                 self.tokenizer.last_layer,
                 self.weights["adversarial"],
                 self.use_adaptive_weight,
+                scale,
             )
             self.log("train/adaptive_weight", factor)
         self.log_losses({**losses, **others})

@@ -26,7 +26,11 @@ class TokenizerTraining(ReconstructionStage):
     Source: XQ-GAN (arXiv:2412.01762), RobusTok (arXiv:2509.12474).
     """
 
-    default_weights: ClassVar[dict[str, float]] = {**ReconstructionStage.default_weights, "codebook": 1.0, "commitment": 0.25}
+    default_weights: ClassVar[dict[str, float]] = {
+        **ReconstructionStage.default_weights,
+        "codebook": 1.0,
+        "commitment": 0.25,
+    }
 
     def __init__(
         self,
