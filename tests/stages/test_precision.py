@@ -85,11 +85,13 @@ def test_the_adaptive_weight_survives_half_precision():
         assert weight(1.0) != pytest.approx(exact, rel=0.2)  # why there is a scale
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_runs_in_float16(tmp_path, name):
+def test_every_stage_runs_in_half_precision(tmp_path, name, precision):
     build, serve = STAGES[name]
     stage = build(**({"discriminator_start": 0.0} if name == "tokenizer" else {}))
-    fit = trainer(tmp_path, 3, plugins=[float16(init_scale=2.0**8)])
+    plugin = float16(init_scale=2.0**8) if precision == "float16" else MixedPrecision("bf16-mixed", "cpu")
+    fit = trainer(tmp_path, 3, plugins=[plugin])
     fit.fit(stage, data(serve, tmp_path, batch_size=16))
     assert fit.global_step == 3
     assert all(value.isfinite() for value in fit.callback_metrics.values())
