@@ -1,6 +1,7 @@
 """Base of the callbacks that measure a figure during validation."""
 
 import logging
+from functools import cache
 from typing import Any
 
 import lightning
@@ -144,8 +145,9 @@ def crop_id(dataset: Any) -> str:
 def warn_if_internal(extractor: FeatureExtractor, name: str) -> None:
     """Say once that figures of a small classifier's features are no image quality."""
     if not extractor.is_image_quality:
-        log.info(
-            "%s[%s] compares models inside this project; it is not an image-quality measure",
-            name,
-            extractor.name,
-        )
+        _say_internal(name, extractor.name)
+
+
+@cache
+def _say_internal(name: str, extractor: str) -> None:
+    log.info("%s[%s] compares models inside this project; it is not an image-quality measure", name, extractor)

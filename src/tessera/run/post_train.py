@@ -41,16 +41,7 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     check_token_space(generator, tokenizer, cfg.tokenizer.path)
     sampling = make(cfg.sampling)
     images = make(cfg.data.dataset)(split="train")
-    source = tokens_of_pairs(
-        Path(cfg.paths.tokens),
-        images,
-        tokenizer,
-        generator,
-        sampling,
-        cfg.pairs.sigma,
-        cfg.pairs.seed,
-        cfg.pairs.batch_size,
-    )
+    source = tokens_of_pairs(Path(cfg.paths.tokens), images, tokenizer, generator, sampling, **plain(cfg.pairs))
     measure = Measurement(cfg, run / "samples.safetensors", generator, sampling)
     before = measure(tokenizer, "before")
     if "gfid" in (cfg.callbacks or {}):

@@ -38,6 +38,7 @@ class TokenSource:
         views: images per sample: "none", "flip" or "ten_crop".
         extra: whatever else determines the tokens; recorded in the manifest and compared when opened.
         batch_size: of `encode`.
+        indices: numbers of the images to make tokens of; None: all.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class TokenSource:
     views: str
     extra: dict[str, Any]
     batch_size: int
+    indices: list[int] | None = None
 
 
 def _key(*facts: Any) -> str:
@@ -73,23 +75,31 @@ def tokens_of_pairs(
     sigma: float,
     seed: int,
     batch_size: int,
+    num_images: int | None = None,
 ) -> TokenSource:
     """Each image's tokens, of which all but a share sigma are replaced by the generator's own (decoder post-training).
 
     Args:
         sigma: preservation ratio in [0, 1]: probability that a token keeps the real image's value.
-        seed: of the kept positions and of the generator's draws; sample i depends on (seed, i) alone.
+        seed: of the choice of images, the kept positions and the generator's draws; sample i depends on (seed, i).
+        num_images: random images to make pairs of; None: all.
 
     Raises:
-        ConfigError: sigma outside [0, 1].
+        ConfigError: sigma outside [0, 1], num_images outside [1, number of images].
 
     Source: RobusTok's paired data (arXiv 2509.12474), as tokens instead of PNG files.
     """
     if not 0.0 <= sigma <= 1.0:
         raise ConfigError(f"pairs.sigma={sigma} is outside [0, 1]; it is the share of tokens kept from the real image")
+    if num_images is not None and not 1 <= num_images <= len(dataset):
+        raise ConfigError(f"pairs.num_images={num_images} is outside [1, {len(dataset)}]; null takes all images")
+    indices = None
+    if num_images is not None:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        indices = sorted(order[:num_images].tolist())
     generator_id = weights_fingerprint(generator)
     extra = {"sigma": sigma, "seed": seed, "generator": generator_id, "sampling": vars(sampling)}
-    name = f"pairs-{_key(tokenizer.fingerprint(), dataset.fingerprint(), extra)}"
+    name = f"pairs-{_key(tokenizer.fingerprint(), dataset.fingerprint(), extra, num_images)}"
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         teacher = tokenizer.tokenize(batch["image"])
@@ -98,7 +108,7 @@ def tokens_of_pairs(
         return generator.generate(batch["label"], sampling, teacher=teacher, keep=keep, rng=rng)
 
     models: list[nn.Module] = [tokenizer, generator]
-    return TokenSource(root / name, dataset, tokenizer, encode, models, "none", extra, batch_size)
+    return TokenSource(root / name, dataset, tokenizer, encode, models, "none", extra, batch_size, indices)
 
 
 def weights_fingerprint(module: nn.Module) -> str:
@@ -140,6 +150,7 @@ def build_tokens(source: TokenSource, device: torch.device | str = "cpu") -> Pat
         codebook_size=source.tokenizer.quantizer.codebook_size,
         shape=(source.tokenizer.quantizer.num_branches, source.tokenizer.quantizer.num_tokens),
         views=source.views,
+        indices=source.indices,
         extra=source.extra,
         batch_size=source.batch_size,
     )
