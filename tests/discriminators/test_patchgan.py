@@ -1,9 +1,11 @@
 import pytest
 import torch
+from torch import nn
 
 from forked import run_forked
 from golden_cases import assert_close, golden
 from tessera.discriminators import PatchGAN
+from tessera.discriminators.patchgan import JointBatchNorm2d
 from tessera.errors import ConfigError, DataError
 
 
@@ -67,3 +69,29 @@ def test_small_images_are_refused():
         PatchGAN(3, 4, 3)(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ConfigError, match=r"discriminator\.num_layers=0"):
         PatchGAN(num_layers=0)
+
+
+def _offset_norm(rank, world):
+    share = offset_batch().split([1, 3])[rank]  # uneven shares
+    return JointBatchNorm2d(2)(share.float()).tolist()
+
+
+def offset_batch():
+    """A mean 10,000 times the deviation: E[x^2] - E[x]^2 has no digit left in float32."""
+    return 100 + 0.01 * torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+
+
+def test_variance_survives_a_large_mean():
+    expected = nn.BatchNorm2d(2).double()(offset_batch())
+    first, second = run_forked(_offset_norm)
+    torch.testing.assert_close(torch.tensor(first + second).double(), expected, atol=0.02, rtol=0.02)
+
+
+def test_initialisation():
+    model = PatchGAN(3, 64, 3)
+    convolutions = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, nn.Conv2d)])
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    scales = torch.cat([m.weight for m in norms])
+    assert convolutions.std().item() == pytest.approx(0.02, rel=0.01) and abs(convolutions.mean()) < 1e-4
+    assert scales.mean().item() == pytest.approx(1.0, abs=0.01) and scales.std().item() == pytest.approx(0.02, rel=0.2)
+    assert all((m.bias == 0).all() for m in norms)

@@ -18,19 +18,18 @@ class JointBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         values = x if x.dtype == torch.float64 else x.float()
         count = torch.full((1,), values.numel() / values.shape[1], device=x.device, dtype=values.dtype)
-        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
-        sums = all_reduce_sum_with_grad(sums)
-        channels, total = self.num_features, sums[-1]
-        mean = sums[:channels] / total
-        variance = (sums[channels : 2 * channels] / total - mean.square()).clamp_min(0)
+        sums = all_reduce_sum_with_grad(torch.cat([values.sum((0, 2, 3)), count]))
+        total = sums[-1]
+        centred = values - (sums[:-1] / total).view(1, -1, 1, 1)
+        # a second collective instead of E[x^2] - E[x]^2, of which a mean far from 0 leaves no digits in float32
+        variance = all_reduce_sum_with_grad(centred.square().sum((0, 2, 3))) / total
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = variance * total / (total - 1).clamp_min(1)
-            self.running_mean.lerp_(mean, self.momentum)
+            self.running_mean.lerp_(sums[:-1] / total, self.momentum)
             self.running_var.lerp_(unbiased, self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class PatchGAN(nn.Module):
