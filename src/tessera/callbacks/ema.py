@@ -38,7 +38,8 @@ class EMA(Callback):
         given = [value for value in (decay, half_life_steps, half_life_fraction) if value is not None]
         if len(given) != 1:
             raise ConfigError(
-                "give exactly one of callbacks.ema.decay, callbacks.ema.half_life_steps, callbacks.ema.half_life_fraction"
+                "give exactly one of callbacks.ema.decay, callbacks.ema.half_life_steps and "
+                "callbacks.ema.half_life_fraction"
             )
         if decay is not None and not 0 <= decay < 1:
             raise ConfigError(f"callbacks.ema.decay={decay} is outside [0, 1)")
@@ -73,6 +74,9 @@ class EMA(Callback):
             if name in self._loaded:
                 averaged.module.load_state_dict(self._loaded[name])
         self._loaded = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # Lightning restores the step of a resumed training only after on_fit_start
         self.last_step = trainer.global_step
 
     def on_train_batch_end(

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: every n steps, at the last step, and on the first SIGINT or SIGTERM, which stops the run.
+    """Keeps `last.ckpt`: every n steps, at the end, and on the first SIGINT or SIGTERM, which stops the run.
 
     It is written between batches only, after all other callbacks have seen the batch (Lightning calls checkpoint
     callbacks last), so that continuing from it is exact. A second signal stops at once. In a distributed run the
@@ -42,6 +42,7 @@ class LastCheckpoint(Checkpoint):
         self.stopped_by: str | None = None
         self._received: int | None = None
         self._saved_step = 0
+        self._batches = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -52,7 +53,7 @@ class LastCheckpoint(Checkpoint):
         log.warning("%s: stopping after this batch with a checkpoint; once more stops at once", name)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._received, self.stopped_by, self._saved_step = None, None, trainer.global_step
+        self._received, self.stopped_by, self._saved_step, self._batches = None, None, trainer.global_step, 0
         try:
             # after Lightning's own handlers, which would stop in the middle of a batch
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -64,22 +65,31 @@ class LastCheckpoint(Checkpoint):
             signal.signal(number, handler)
         self._previous = {}
 
-    def _signal(self, device: torch.device, batch_idx: int) -> int:
+    def _signal(self, device: torch.device) -> int:
         """The signal that any process has received, 0 if none; agreed upon where there are several."""
         received = self._received or 0
         if not distributed.is_distributed():
             return received
-        if (batch_idx + 1) % self.check_every_batches:
+        # counted over epochs, which may be shorter than the interval
+        self._batches += 1
+        if self._batches % self.check_every_batches:
             return 0
         flag = torch.tensor(received, device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return int(flag)
 
+    @staticmethod
+    def _ends(trainer: lightning.Trainer) -> bool:
+        """Whether this is the last batch: by steps, by another callback's decision, or by epochs."""
+        if trainer.global_step == trainer.max_steps or trainer.should_stop:
+            return True
+        return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, stop = trainer.global_step, self._signal(pl_module.device, batch_idx)
-        due = step != self._saved_step and (step % self.every_n_steps == 0 or step == trainer.max_steps)
+        step, stop = trainer.global_step, self._signal(pl_module.device)
+        due = step != self._saved_step and (step % self.every_n_steps == 0 or self._ends(trainer))
         if due or (stop and self.stopped_by is None):
             trainer.save_checkpoint(self.path)
             self._saved_step = step

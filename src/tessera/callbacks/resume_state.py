@@ -1,5 +1,6 @@
 """Random-number states in checkpoints, so that a resumed training continues exactly; and validation leaves no trace."""
 
+import logging
 import random
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tessera import distributed
+
+log = logging.getLogger(__name__)
 
 
 def rng_state() -> dict[str, Any]:
@@ -63,9 +66,17 @@ class ResumeState(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # with another number of processes there is no exact continuation; per-sample draws don't need one
-        if self._resumed is not None and len(self._resumed) == distributed.world_size():
+        if self._resumed is None:
+            return
+        if len(self._resumed) == distributed.world_size():
             set_rng_state(self._resumed[distributed.rank()])
+        elif distributed.rank() == 0:
+            log.warning(
+                "the checkpoint holds the random-number states of %d processes, but this run has %d: draws that belong "
+                "to samples continue, those of dropout start anew",
+                len(self._resumed),
+                distributed.world_size(),
+            )
         self._resumed = None
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
