@@ -71,9 +71,7 @@ def by_eigh(mu1: Tensor, s1: Tensor, mu2: Tensor, s2: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d", type=int, default=512, help="features (2048 for Inception)")
     parser.add_argument("--n", type=int, default=2000, help="samples per side")
     parser.add_argument("--batch", type=int, default=50, help="samples per update")
@@ -99,9 +97,7 @@ def main() -> None:
     values = {name: way(*arguments) for name, way in ways.items()}
     worst = max(abs(value - values["torch eigvals (torchmetrics)"]) for value in values.values())
     seconds = spread({name: lambda way=way: way(*arguments) for name, way in ways.items()}, options.repeats)
-    report(
-        f"distance, d={options.d} (largest difference {worst:.1e})", seconds, "torch eigvals (torchmetrics)"
-    )
+    report(f"distance, d={options.d} (largest difference {worst:.1e})", seconds, "torch eigvals (torchmetrics)")
 
     def addmm() -> None:
         outer = torch.zeros(options.d, options.d, dtype=torch.float64)

@@ -37,9 +37,7 @@ def three_terms(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -42,9 +42,7 @@ def public_way(z: Tensor, z_q: Tensor, embedding: Tensor, alpha: float, beta: fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch", default=30, type=int)
     parser.add_argument("--repeats", default=5, type=int)
@@ -55,9 +53,7 @@ def main() -> None:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     codebook = partial(VQCodebook, codebook_size=SIZE)
-    quantizer = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=DIM).to(
-        device
-    )
+    quantizer = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=DIM).to(device)
     quantizer.bind_grid(GRID)
     z = torch.randn(batch, DIM, *GRID, device=device)
     clean = quantizer(z)
@@ -65,9 +61,7 @@ def main() -> None:
     # a step whose Bernoulli(beta) draw selects just beta * batch images, so that both sides perturb the same number
     index = torch.arange(batch, device=device)
     wanted = int(0.1 * batch)
-    step = next(
-        s for s in range(1000) if (IndexedRng(0, index, s).uniform("perturb/image") < 0.1).sum() == wanted
-    )
+    step = next(s for s in range(1000) if (IndexedRng(0, index, s).uniform("perturb/image") < 0.1).sum() == wanted)
 
     def ours(beta: float) -> Tensor:
         strategy = NearestCodePerturbation(1.0, beta, DELTA)

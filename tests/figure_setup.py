@@ -142,9 +142,7 @@ def validate(
     if distributed.is_distributed():
         from lightning.pytorch.strategies import DDPStrategy
 
-        os.environ.update(
-            LOCAL_RANK=str(distributed.rank()), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-        )
+        os.environ.update(LOCAL_RANK=str(distributed.rank()), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         settings |= {
             "devices": distributed.world_size(),
             "strategy": DDPStrategy(process_group_backend="gloo"),

@@ -35,8 +35,7 @@ def run_forked(function: Callable, *arguments: Any, world: int = 2, timeout: flo
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_entry, args=(rank, world, port, function, arguments, results))
-        for rank in range(world)
+        context.Process(target=_entry, args=(rank, world, port, function, arguments, results)) for rank in range(world)
     ]
     for process in processes:
         process.start()

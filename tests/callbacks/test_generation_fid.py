@@ -34,9 +34,7 @@ def test_figure_does_not_depend_on_the_batch_size(batch_size):
     figure, trainer = run(batch_size=batch_size)
     assert figure.label == "gFID[tiny]@N=31/ref=tiny-train"
     assert figure.value == pytest.approx(by_hand(), rel=1e-6)
-    assert float(trainer.callback_metrics["val/gfid[tiny]@N=31/ref=tiny-train"]) == pytest.approx(
-        figure.value
-    )
+    assert float(trainer.callback_metrics["val/gfid[tiny]@N=31/ref=tiny-train"]) == pytest.approx(figure.value)
     assert figure.protocol.extra["classes"] == 3 and figure.protocol.extra["per_class"] == [10, 11]
     assert figure.protocol.reference_samples == 40
     assert figure.details["expected_bias"] > 0
@@ -126,7 +124,6 @@ def test_two_processes_equal_one(tmp_path):
         assert answer[0] == pytest.approx(value, rel=1e-6)
         assert answer[1:] == (label, per_class)
     single, both = (
-        load_file(path)
-        for path in (tmp_path / "single/tokens_1.safetensors", tmp_path / "tokens_2.safetensors")
+        load_file(path) for path in (tmp_path / "single/tokens_1.safetensors", tmp_path / "tokens_2.safetensors")
     )
     assert torch.equal(single["tokens"], both["tokens"]) and torch.equal(single["labels"], both["labels"])

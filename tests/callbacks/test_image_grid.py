@@ -38,9 +38,7 @@ def test_grids_are_the_same_every_time_and_reach_the_logger(tmp_path):
         assert names == ["val_reconstruction_step00000000.png", "val_samples_step00000000.png"]
         contents.append([path.read_bytes() for path in callback.paths])
         logger.experiment.flush()
-        assert any(
-            b"val/reconstruction" in path.read_bytes() for path in (tmp_path / f"tb{run}").rglob("events*")
-        )
+        assert any(b"val/reconstruction" in path.read_bytes() for path in (tmp_path / f"tb{run}").rglob("events*"))
     assert contents[0] == contents[1]
     with Image.open(callback.paths[0]) as file:
         # 11 columns of 18 pixels, three rows
@@ -59,9 +57,7 @@ def test_rows_show_inputs_reconstructions_and_perturbed(tmp_path):
         small = file.resize((expected.shape[2], expected.shape[1]), Image.NEAREST)
         assert scale >= 1
     shown = (
-        torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-        .view(*expected.shape[1:], 3)
-        .permute(2, 0, 1)
+        torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(*expected.shape[1:], 3).permute(2, 0, 1)
     )
     assert (shown.int() - expected.int()).abs().max() <= 1
     callback = ImageGrid(num_images=3, alpha=1.0, delta=16, folder=tmp_path / "perturbed")

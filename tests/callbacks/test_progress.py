@@ -53,9 +53,7 @@ def test_plain_lines_at_the_first_and_last_step(caplog, tmp_path):
 
 
 def test_every_step_when_asked(caplog, tmp_path):
-    assert (
-        sum(line.startswith("step") for line in lines(caplog, PlainProgress(every_seconds=0), tmp_path)) == 5
-    )
+    assert sum(line.startswith("step") for line in lines(caplog, PlainProgress(every_seconds=0), tmp_path)) == 5
 
 
 def test_silent_when_disabled(caplog, tmp_path):

@@ -73,9 +73,7 @@ def test_diverged_reconstructions_name_the_sample():
     class Diverged(TinyStage):
         def validation_step(self, batch, batch_index):
             out = super().validation_step(batch, batch_index)
-            return out | {
-                "reconstruction": out["reconstruction"].masked_fill(batch["index"].view(-1, 1, 1, 1) == 9, 1)
-            }
+            return out | {"reconstruction": out["reconstruction"].masked_fill(batch["index"].view(-1, 1, 1, 1) == 9, 1)}
 
     class Broken(TinyFeatures):
         def features(self, images_u8):

@@ -27,9 +27,7 @@ def test_figures_of_summed_counts(case):
         assert torch.equal(metric.counts[0, 0].double(), out[f"rank{rank}/counts"])
         rank_usage.append(float(usage(metric.counts)))
         assert rank_usage[-1] == pytest.approx(float(out[f"rank{rank}/usage"]), abs=1e-12)
-        assert float(entropy(metric.counts, base=2)) == pytest.approx(
-            float(out[f"rank{rank}/entropy_bits"]), abs=1e-5
-        )
+        assert float(entropy(metric.counts, base=2)) == pytest.approx(float(out[f"rank{rank}/entropy_bits"]), abs=1e-5)
         merged.counts = merged.counts + metric.counts
     assert len(file.config["batches"]) == file.config["ranks"]
     counts = merged.counts
@@ -40,15 +38,11 @@ def test_figures_of_summed_counts(case):
     assert figures["entropy_bits_branch0"] == pytest.approx(float(out["merged/entropy_bits"]), abs=1e-5)
     assert figures["entropy_nats_branch0"] == pytest.approx(float(out["merged/entropy_nats_exact"]), abs=1e-9)
     assert figures["perplexity_branch0"] == pytest.approx(float(out["merged/perplexity_exact"]), abs=1e-8)
-    assert figures["perplexity_branch0"] == pytest.approx(
-        float(out["merged/perplexity_taming_formula"]), abs=1e-4
-    )
+    assert figures["perplexity_branch0"] == pytest.approx(float(out["merged/perplexity_taming_formula"]), abs=1e-4)
     per_batch = torch.tensor(batch_perplexity, dtype=torch.float64)
     torch.testing.assert_close(per_batch, out["taming/per_batch_perplexity"], atol=1e-4, rtol=1e-4)
     assert per_batch.mean() == pytest.approx(float(out["wrong/mean_of_batch_perplexity"]), abs=1e-4)
-    assert sum(rank_usage) / len(rank_usage) == pytest.approx(
-        float(out["wrong/mean_of_rank_usage"]), abs=1e-9
-    )
+    assert sum(rank_usage) / len(rank_usage) == pytest.approx(float(out["wrong/mean_of_rank_usage"]), abs=1e-9)
 
 
 def test_branches_and_scales_are_counted_apart():

@@ -31,12 +31,8 @@ def test_published_implementations(case):
         metric = distance(real, fake)
         for side, is_real in (("real", True), ("fake", False)):
             statistics = metric.statistics(is_real)
-            torch.testing.assert_close(
-                statistics.mu, file.output[f"{name}/{side}_mu64"], atol=1e-12, rtol=1e-12
-            )
-            torch.testing.assert_close(
-                statistics.sigma, file.output[f"{name}/{side}_sigma"], atol=1e-12, rtol=1e-10
-            )
+            torch.testing.assert_close(statistics.mu, file.output[f"{name}/{side}_mu64"], atol=1e-12, rtol=1e-12)
+            torch.testing.assert_close(statistics.sigma, file.output[f"{name}/{side}_sigma"], atol=1e-12, rtol=1e-10)
         value = metric.compute()
         assert value.dtype == torch.float64
         full_rank = min(n_real, n_fake) > d
@@ -62,9 +58,7 @@ def test_merging(case):
         for side in ("real", "fake"):
             assert int(getattr(part, f"{side}_n")) == int(file.output[f"rank{rank}/{side}_count"])
             torch.testing.assert_close(getattr(part, f"{side}_sum"), file.output[f"rank{rank}/{side}_sum"])
-            torch.testing.assert_close(
-                getattr(part, f"{side}_outer"), file.output[f"rank{rank}/{side}_outer_sum"]
-            )
+            torch.testing.assert_close(getattr(part, f"{side}_outer"), file.output[f"rank{rank}/{side}_outer_sum"])
             for state in ("n", "sum", "outer"):
                 key = f"{side}_{state}"
                 setattr(merged, key, getattr(merged, key) + getattr(part, key))
@@ -93,9 +87,7 @@ def test_merging(case):
     masked.update(fake[indices], real=False, mask=first)
     assert abs(float(masked.compute()) - expected) < 1e-9 * max(1, expected)
     kept = int(file.output["drop_last/count"])
-    assert (
-        abs(float(distance(real[:kept], fake[:kept]).compute()) - float(file.output["drop_last/fid"])) < 1e-6
-    )
+    assert abs(float(distance(real[:kept], fake[:kept]).compute()) - float(file.output["drop_last/fid"])) < 1e-6
 
 
 def frechet_of(metric: FrechetDistance) -> torch.Tensor:

@@ -25,9 +25,7 @@ def test_flavours_of_public_code(case):
 
     def close(actual, key, atol=1e-6):
         expected = out[key].double()
-        torch.testing.assert_close(
-            actual.double(), expected, atol=atol, rtol=atol, msg=lambda m: f"{key}: {m}"
-        )
+        torch.testing.assert_close(actual.double(), expected, atol=atol, rtol=atol, msg=lambda m: f"{key}: {m}")
 
     def u8(images):
         return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -98,9 +96,7 @@ def test_masked_rows_and_batches_do_not_matter():
         whole, parts = make(), make()
         whole.update(recon, images)
         parts.update(recon[:1], images[:1])
-        parts.update(
-            torch.cat([recon[1:], recon[:2]]), torch.cat([images[1:], images[:2]]), torch.arange(7) < 5
-        )
+        parts.update(torch.cat([recon[1:], recon[:2]]), torch.cat([images[1:], images[:2]]), torch.arange(7) < 5)
         torch.testing.assert_close(whole.compute(), parts.compute())
         restored = make()
         restored.load_state_dict(whole.state_dict())
@@ -111,9 +107,7 @@ def test_uint8_and_float_of_the_same_image_are_equal():
     images, recon = pair()
     as_u8 = [(unit_range(x) * 255).round().to(torch.uint8) for x in (recon, images)]
     torch.testing.assert_close(SSIM().values(recon, images), SSIM().values(*as_u8))
-    torch.testing.assert_close(
-        PSNR().values(recon.bfloat16(), images), PSNR().values(recon.bfloat16().float(), images)
-    )
+    torch.testing.assert_close(PSNR().values(recon.bfloat16(), images), PSNR().values(recon.bfloat16().float(), images))
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,7 @@ def test_off_means_the_same_object_and_no_work(setting, monkeypatch):
     quantizer = build()
     z, clean = batch(quantizer)
     for name in ("neighbors", "decode"):
-        monkeypatch.setattr(
-            quantizer, name, lambda *_: pytest.fail("work was done although perturbation is off")
-        )
+        monkeypatch.setattr(quantizer, name, lambda *_: pytest.fail("work was done although perturbation is off"))
     untouched = Fixed()  # any draw would be a KeyError
     output, share = NearestCodePerturbation(*setting)(quantizer, z, clean, progress=0.0, rng=untouched)
     assert output is clean and share == 0.0
@@ -107,9 +105,7 @@ def test_only_selected_images_are_searched(monkeypatch):
     z, clean = batch(quantizer)
     searched = []
     original = quantizer.neighbors
-    monkeypatch.setattr(
-        quantizer, "neighbors", lambda query, k: searched.append(len(query)) or original(query, k)
-    )
+    monkeypatch.setattr(quantizer, "neighbors", lambda query, k: searched.append(len(query)) or original(query, k))
     draws = Fixed(
         image=torch.tensor([0.9, 0.1, 0.9, 0.9, 0.2, 0.9]),
         site=torch.zeros(6, 1, 12),
@@ -178,9 +174,7 @@ def test_shares_of_images_and_tokens():
     quantizer = build()
     alpha, beta, delta, size = 0.8, 0.3, 4, 2000
     z, clean = batch(quantizer, size)
-    output, share = NearestCodePerturbation(alpha, beta, delta)(
-        quantizer, z, clean, progress=0.0, rng=rng(size)
-    )
+    output, share = NearestCodePerturbation(alpha, beta, delta)(quantizer, z, clean, progress=0.0, rng=rng(size))
     assert share.item() == pytest.approx(beta, abs=4 * math.sqrt(beta * (1 - beta) / size))
     changed = (output.tokens != clean.tokens).float().mean().item() / share.item()
     assert changed == pytest.approx(alpha * (1 - 1 / delta), abs=0.03)
@@ -288,9 +282,7 @@ def test_published_perturbation(case):
     for i, setting in enumerate(file.config["settings"]):
         alpha, beta, delta = (setting[name] for name in ("alpha", "beta", "delta"))
         assert file.input[f"s{i}.alpha_beta_delta"].tolist() == [alpha, beta, delta]
-        site, rank = (
-            file.input[f"s{i}.{name}"].view(images, 1, height * width) for name in ("rand", "randint")
-        )
+        site, rank = (file.input[f"s{i}.{name}"].view(images, 1, height * width) for name in ("rand", "randint"))
         neighbors = quantizer.neighbors(z.detach(), delta)
         assert torch.equal(neighbors.flatten(0, 2), file.output[f"s{i}.neighbours"])
         # the public code re-draws where u <= alpha, ours where u < alpha
@@ -319,9 +311,7 @@ def test_published_perturbation(case):
         else:
             z_q = output.z_q
         assert_close(z_q, file.output[f"s{i}.out"])
-        assert_close(
-            straight_through(quantizer, clean.latent, tokens)[first], file.output[f"s{i}.out"][first]
-        )
+        assert_close(straight_through(quantizer, clean.latent, tokens)[first], file.output[f"s{i}.out"][first])
         total = (z_q * file.input["cotangent"]).sum()
         grad_z, grad_codes = torch.autograd.grad(total, (z, embedding), retain_graph=True, allow_unused=True)
         assert_close(grad_z, file.output[f"s{i}.grad_z"])

@@ -22,9 +22,7 @@ SIZES = {
 }
 
 
-def build(
-    branches: int = 1, resolution: int = 8, codebook_size: int = 32, l2_normalize: bool = True, **sizes
-):
+def build(branches: int = 1, resolution: int = 8, codebook_size: int = 32, l2_normalize: bool = True, **sizes):
     codebook = partial(VQCodebook, codebook_size=codebook_size, l2_normalize=l2_normalize)
     return Tokenizer(
         encoder=CNNEncoder(**{**SIZES, **sizes}),
@@ -184,18 +182,14 @@ def test_decoder_modules_are_what_follows_the_tokens():
 
 
 def test_refuses_a_resolution_the_encoder_cannot_halve():
-    with pytest.raises(
-        ConfigError, match=r"data\.dataset\.resolution=9.*backbone\.encoder\.channel_multipliers"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.dataset\.resolution=9.*backbone\.encoder\.channel_multipliers"):
         build(resolution=9)
 
 
 def test_refuses_parts_that_do_not_fit():
     parts = build()
     with pytest.raises(ConfigError, match=r"backbone\.decoder\.channel_multipliers"):
-        Tokenizer(
-            parts.encoder, parts.quantizer, CNNDecoder(**{**SIZES, "channel_multipliers": (1, 1, 1)}), 8
-        )
+        Tokenizer(parts.encoder, parts.quantizer, CNNDecoder(**{**SIZES, "channel_multipliers": (1, 1, 1)}), 8)
     with pytest.raises(ConfigError, match=r"quantizer\.branch\.grid=\(4, 4\).*\(8, 8\)"):
         Tokenizer(parts.encoder, parts.quantizer, parts.decoder, 16)
 

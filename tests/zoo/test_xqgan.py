@@ -85,10 +85,7 @@ def test_parity_fails_when_a_weight_of_any_part_changes(case):
     file = golden(case)
     parts = ["quant_conv.weight", "post_quant_conv.weight", "quantize.embedding.weight"]
     for prefix in ("encoder", "decoder"):
-        parts += [
-            f"{prefix}.{name}.weight"
-            for name in ("conv_in", "conv_out", "norm_out", "mid.0.conv1", "mid.1.v")
-        ]
+        parts += [f"{prefix}.{name}.weight" for name in ("conv_in", "conv_out", "norm_out", "mid.0.conv1", "mid.1.v")]
         parts += [
             key
             for key in file.weights

@@ -23,9 +23,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = _norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -89,9 +87,7 @@ class _Level(nn.Module):
 
 
 class _EncoderLevel(_Level):
-    def __init__(
-        self, widths: Sequence[int], attention: bool, norm_groups: int, dropout: float, resample: bool
-    ):
+    def __init__(self, widths: Sequence[int], attention: bool, norm_groups: int, dropout: float, resample: bool):
         super().__init__(widths, attention, norm_groups, dropout)
         self.downsample = Downsample(widths[-1]) if resample else nn.Identity()
 
@@ -100,9 +96,7 @@ class _EncoderLevel(_Level):
 
 
 class _DecoderLevel(_Level):
-    def __init__(
-        self, widths: Sequence[int], attention: bool, norm_groups: int, dropout: float, resample: bool
-    ):
+    def __init__(self, widths: Sequence[int], attention: bool, norm_groups: int, dropout: float, resample: bool):
         super().__init__(widths, attention, norm_groups, dropout)
         self.upsample = Upsample(widths[-1]) if resample else nn.Identity()
 
@@ -130,9 +124,7 @@ def _check(
     """Channels of each level, finest resolution first."""
     key = f"backbone.{part}"
     if not channel_multipliers or min(channel_multipliers) < 1:
-        raise ConfigError(
-            f"{key}.channel_multipliers={list(channel_multipliers)} needs entries of at least 1"
-        )
+        raise ConfigError(f"{key}.channel_multipliers={list(channel_multipliers)} needs entries of at least 1")
     sizes = {"channels": channels, "num_res_blocks": num_res_blocks, "z_channels": z_channels}
     for name, value in {**sizes, "norm_groups": norm_groups}.items():
         if value < 1:
@@ -179,17 +171,13 @@ class CNNEncoder(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        widths = _check(
-            "encoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout
-        )
+        widths = _check("encoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
         last = len(widths) - 1
         self.out_channels, self.downsample = z_channels, 2**last
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         entries = [channels, *widths[:-1]]
         self.conv_blocks = nn.ModuleList(
-            _EncoderLevel(
-                [entry] + [width] * num_res_blocks, i == last, norm_groups, dropout, resample=i < last
-            )
+            _EncoderLevel([entry] + [width] * num_res_blocks, i == last, norm_groups, dropout, resample=i < last)
             for i, (entry, width) in enumerate(zip(entries, widths, strict=True))
         )
         self.mid = _middle(widths[-1], norm_groups, dropout)
@@ -234,18 +222,16 @@ class CNNDecoder(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        widths = _check(
-            "decoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout
-        )[::-1]
+        widths = _check("decoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout)[
+            ::-1
+        ]
         last = len(widths) - 1
         self.in_channels, self.upsample = z_channels, 2**last
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0], norm_groups, dropout)
         entries = [widths[0], *widths[:-1]]
         self.conv_blocks = nn.ModuleList(
-            _DecoderLevel(
-                [entry] + [width] * (num_res_blocks + 1), i == 0, norm_groups, dropout, resample=i < last
-            )
+            _DecoderLevel([entry] + [width] * (num_res_blocks + 1), i == 0, norm_groups, dropout, resample=i < last)
             for i, (entry, width) in enumerate(zip(entries, widths, strict=True))
         )
         self.norm_out = _norm(widths[-1], norm_groups)

@@ -50,9 +50,7 @@ class CodebookUsage(SumMetric):
     ):
         super().__init__(**kwargs)
         if codebook_size < 1 or num_branches < 1:
-            raise ConfigError(
-                f"codebook_size={codebook_size} and num_branches={num_branches} must be positive"
-            )
+            raise ConfigError(f"codebook_size={codebook_size} and num_branches={num_branches} must be positive")
         self.codebook_size, self.num_branches = codebook_size, num_branches
         self.scale_sizes = [h * w for h, w in grids] if grids else None
         scales = len(self.scale_sizes) if self.scale_sizes else 1

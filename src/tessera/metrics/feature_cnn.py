@@ -60,9 +60,7 @@ class FeatureCNN(nn.Module):
 def write_weights(path: Path, network: FeatureCNN, notes: dict[str, Any]) -> None:
     """Save weights with the architecture and notes (accuracy, data) in the file's header."""
     metadata = {"architecture": json.dumps(network.architecture), "notes": json.dumps(notes)}
-    save_file(
-        {key: value.contiguous() for key, value in network.state_dict().items()}, path, metadata=metadata
-    )
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, path, metadata=metadata)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -102,9 +102,7 @@ class FeatureExtractor(nn.Module):
         """Stays frozen."""
         return super().requires_grad_(False)
 
-    def state_dict(
-        self, *args, destination=None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Tensor]:
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False) -> dict[str, Tensor]:
         """Empty: the weights are a published file and never part of a checkpoint."""
         return {} if destination is None else destination
 
@@ -162,9 +160,7 @@ def _inception_download() -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(
-            URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_HASH, progress=False
-        )
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_HASH, progress=False)
     except Exception as error:  # URLError, HTTPError, timeouts, hash mismatch: one remedy for all
         raise MissingFileError(
             f"the FID Inception could not be downloaded ({error}); fetch {URL_INCEPTION_V3} on a machine "

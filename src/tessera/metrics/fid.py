@@ -50,9 +50,7 @@ def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) 
     """
     d = sigma1.shape[0]
     rank = d if rank is None else min(rank, d)
-    root, failed = (
-        torch.linalg.cholesky_ex(sigma1) if rank == d else (sigma1, torch.ones((), dtype=torch.int32))
-    )
+    root, failed = torch.linalg.cholesky_ex(sigma1) if rank == d else (sigma1, torch.ones((), dtype=torch.int32))
     if failed:
         values, vectors = torch.linalg.eigh(sigma1)
         root = vectors * values.clamp_min(0).sqrt()
@@ -80,21 +78,14 @@ def frechet_distance(
     Source: Heusel et al. 2017 (arXiv:1706.08500), eq. 6; the symmetric form of the root is ours.
     """
     if mu1.shape != mu2.shape:
-        raise DataError(
-            f"the sides have {mu1.numel()} and {mu2.numel()} features: they come from different extractors"
-        )
+        raise DataError(f"the sides have {mu1.numel()} and {mu2.numel()} features: they come from different extractors")
     mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
     d = mu1.numel()
     rank = min(d, *(n - 1 for n in (n1, n2) if n is not None)) if (n1 or n2) else d
     # the factorised side should be the one of higher rank, as Cholesky is the cheap way
     if (n1 or d + 1) < (n2 or d + 1):
         sigma1, sigma2 = sigma2, sigma1
-    return (
-        (mu1 - mu2).square().sum()
-        + sigma1.trace()
-        + sigma2.trace()
-        - 2 * trace_root_product(sigma1, sigma2, rank)
-    )
+    return (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root_product(sigma1, sigma2, rank)
 
 
 class FrechetDistance(SumMetric):
@@ -132,9 +123,7 @@ class FrechetDistance(SumMetric):
             self.add_sum(f"{side}_sum", num_features)
             self.add_sum(f"{side}_outer", num_features, num_features)
 
-    def update(
-        self, features: Tensor, real: bool, mask: Tensor | None = None, index: Tensor | None = None
-    ) -> None:
+    def update(self, features: Tensor, real: bool, mask: Tensor | None = None, index: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:

@@ -98,9 +98,7 @@ def ssim(
     kernel = _kernel(window).to(images.device)
     size = kernel.numel()
     if min(images.shape[-2:]) < size:
-        raise DataError(
-            f"images of {tuple(images.shape[-2:])} pixels are smaller than SSIM's {size}x{size} window"
-        )
+        raise DataError(f"images of {tuple(images.shape[-2:])} pixels are smaller than SSIM's {size}x{size} window")
     x, y = images.double(), reference.double()
     if border == "reflect":
         x, y = (F.pad(t, (size // 2,) * 4, mode="reflect") for t in (x, y))
@@ -145,9 +143,7 @@ class _ImageMean(SumMetric):
     def __init__(self, quantisation: str = "half-up", **kwargs: Any):
         super().__init__(**kwargs)
         if quantisation not in QUANTISATIONS:
-            raise ConfigError(
-                f"quantisation={quantisation!r} is unknown; choose one of {', '.join(QUANTISATIONS)}"
-            )
+            raise ConfigError(f"quantisation={quantisation!r} is unknown; choose one of {', '.join(QUANTISATIONS)}")
         self.quantisation = quantisation
         self.add_sum("total")
         self.add_sum("n", dtype=torch.int64)
@@ -204,9 +200,7 @@ class PSNR(_ImageMean):
         values = values if mask is None else values[mask.to(values.device)]
         perfect = values.isposinf()
         self.perfect = self.perfect + perfect.sum().to(self.perfect.device)
-        super().add(
-            values[~perfect] if self.infinite == "exclude" else values.clamp_max(float(self.infinite))
-        )
+        super().add(values[~perfect] if self.infinite == "exclude" else values.clamp_max(float(self.infinite)))
 
     def compute(self) -> Tensor:
         """Mean in dB; +inf where every image is reproduced exactly."""

@@ -66,23 +66,17 @@ class Statistics:
         """
         path = Path(path)
         if not path.is_file():
-            raise MissingFileError(
-                f"statistics file {path} does not exist; set metrics.reference to an .npz file"
-            )
+            raise MissingFileError(f"statistics file {path} does not exist; set metrics.reference to an .npz file")
         try:
             with np.load(path, allow_pickle=False) as file:
-                content = {
-                    key: file[key] for key in ("mu", "sigma", "n", "extractor", "source") if key in file
-                }
+                content = {key: file[key] for key in ("mu", "sigma", "n", "extractor", "source") if key in file}
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not an .npz statistics file ({error})") from error
         if "mu" not in content or "sigma" not in content:
             raise DataError(f"{path} lacks mu or sigma; it is not a statistics file")
         mu, sigma = (torch.from_numpy(np.asarray(content[key], dtype=np.float64)) for key in ("mu", "sigma"))
         if mu.ndim != 1 or sigma.shape != (mu.numel(), mu.numel()):
-            raise DataError(
-                f"{path} has mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)}"
-            )
+            raise DataError(f"{path} has mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)}")
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise DataError(f"{path} holds NaN or infinite statistics; make it again")
         n = int(content.get("n", -1))

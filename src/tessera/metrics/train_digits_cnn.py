@@ -47,12 +47,8 @@ def fashion_mnist(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
         for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
             path = root / f"{stem}-{kind}-ubyte.gz"
             if not path.is_file():
-                raise MissingFileError(
-                    f"--root: {path} does not exist; give the folder of Fashion-MNIST's .gz files"
-                )
-            arrays.append(
-                np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8, offset=header).copy()
-            )
+                raise MissingFileError(f"--root: {path} does not exist; give the folder of Fashion-MNIST's .gz files")
+            arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8, offset=header).copy())
         parts[split] = (torch.from_numpy(arrays[0]).view(-1, 28, 28), torch.from_numpy(arrays[1]).long())
     return parts
 
@@ -100,17 +96,14 @@ def train(
     images, labels = data["val"]
     with torch.no_grad():
         hits = sum(
-            int((network(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(500), labels.split(500), strict=True)
+            int((network(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True)
         )
     return network, hits / len(labels)
 
 
 def main(arguments: list[str] | None = None) -> float:
     """Command line; returns the validation accuracy."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=sorted(RECIPES), default="digits")
     parser.add_argument("--root", type=Path, help="folder of Fashion-MNIST's .gz files")
     parser.add_argument("--output", type=Path, help="weight file; default: the one inside the package")

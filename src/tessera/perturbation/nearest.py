@@ -191,9 +191,7 @@ class NearestCodePerturbation:
         share = selected.float().mean()
         if not len(images):
             return output, share
-        replaced = self.replace_tokens(
-            quantizer, z[images], tokens[images], site[images], rank[images], alpha, delta
-        )
+        replaced = self.replace_tokens(quantizer, z[images], tokens[images], site[images], rank[images], alpha, delta)
         z_q = straight_through(quantizer, output.latent[images], replaced)
         return (
             replace(

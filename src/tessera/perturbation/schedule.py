@@ -47,9 +47,7 @@ class LinearAnneal:
         key = "perturbation.schedule"
         for name, value in (("start", start), ("end", end), ("end_ratio", end_ratio)):
             if not 0.0 <= value <= 1.0:
-                raise ConfigError(
-                    f"{key}.{name}={value} is outside [0, 1]; times are fractions of the whole training"
-                )
+                raise ConfigError(f"{key}.{name}={value} is outside [0, 1]; times are fractions of the whole training")
         if end < start:
             raise ConfigError(f"{key}.end={end} lies before {key}.start={start}")
         self.start, self.end, self.end_ratio = start, end, end_ratio

@@ -66,9 +66,7 @@ class ProductQuantizer(nn.Module):
 
     def _split(self, z: Tensor) -> tuple[Tensor, ...]:
         if z.ndim != 4 or z.shape[1] != self.dim:
-            raise ValueError(
-                f"latent of shape {tuple(z.shape)} has not the {self.dim} channels of the quantizer"
-            )
+            raise ValueError(f"latent of shape {tuple(z.shape)} has not the {self.dim} channels of the quantizer")
         return z.chunk(self.num_branches, dim=1)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
@@ -81,10 +79,7 @@ class ProductQuantizer(nn.Module):
             z_q and latent (B, C, h, w) float32, tokens (B, P, L) int64, losses averaged over branches.
         """
         outputs = [branch(part) for branch, part in zip(self.branches, self._split(z), strict=True)]
-        losses = {
-            name: torch.stack([output.losses[name] for output in outputs]).mean()
-            for name in outputs[0].losses
-        }
+        losses = {name: torch.stack([output.losses[name] for output in outputs]).mean() for name in outputs[0].losses}
         return QuantizerOutput(
             z_q=torch.cat([output.z_q for output in outputs], dim=1),
             tokens=torch.cat([output.tokens for output in outputs], dim=1),

@@ -86,9 +86,7 @@ def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # clone: safetensors refuses tensors that share memory
-    save_file(
-        {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / _WEIGHTS
-    )
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / _WEIGHTS)
     description: dict[str, Any] = {"format": FORMAT, "version": tessera.__version__, "config": config}
     if hasattr(model, "fingerprint"):
         description["fingerprint"] = model.fingerprint()
@@ -107,9 +105,7 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            raise MissingFileError(
-                f"{folder / name} does not exist; give a folder written by tessera.zoo.export"
-            )
+            raise MissingFileError(f"{folder / name} does not exist; give a folder written by tessera.zoo.export")
     try:
         description = json.loads((folder / _CONFIG).read_text())
     except ValueError as error:

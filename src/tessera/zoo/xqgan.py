@@ -29,9 +29,7 @@ def public_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for name in ("enc_type", "dec_type"):
         if config.get(name, "cnn") != "cnn":
-            raise ConfigError(
-                f"{name}={config[name]!r} of the published config is not supported here; only 'cnn' is"
-            )
+            raise ConfigError(f"{name}={config[name]!r} of the published config is not supported here; only 'cnn' is")
     if len(config["v_patch_nums"]) != 1:
         raise ConfigError(
             f"v_patch_nums={list(config['v_patch_nums'])} of the published config is multi-scale, "

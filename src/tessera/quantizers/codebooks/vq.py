@@ -33,9 +33,7 @@ class VQCodebook(Codebook):
         we don't follow.
     """
 
-    def __init__(
-        self, dim: int, codebook_size: int, l2_normalize: bool = True, chunk_size: int = DEFAULT_CHUNK_SIZE
-    ):
+    def __init__(self, dim: int, codebook_size: int, l2_normalize: bool = True, chunk_size: int = DEFAULT_CHUNK_SIZE):
         prefix = "quantizer.branch.codebook"
         for name, value in (("codebook_size", codebook_size), ("chunk_size", chunk_size)):
             if value < 1:
@@ -68,9 +66,7 @@ class VQCodebook(Codebook):
             (N,) int64 in [0, K). Ties go to the lowest index.
         """
         with torch.no_grad():
-            return nearest_codes(
-                self._normalize(x), self._normalize(self.embedding), self.chunk_size, self._metric
-            )
+            return nearest_codes(self._normalize(x), self._normalize(self.embedding), self.chunk_size, self._metric)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors (N, D) float32 of (N,) int64 indices; unit vectors if the codebook is normalised."""
