@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from golden_cases import assert_close
 from tessera.backbones import CNNDecoder, CNNEncoder
@@ -214,3 +216,32 @@ def test_overfits_one_batch(branches):
         optimizer.step()
         errors.append(error.item())
     assert errors[-1] < 0.6 * errors[0]
+
+
+class TwoGroups(nn.Module):
+    """An encoder with one latent map per branch: the images' mean in map 0, its negative in map 1."""
+
+    out_channels, groups = 3, 2
+
+    def latent_grid(self, resolution):
+        return (resolution // 2,) * 2
+
+    def forward(self, images):
+        pooled = F.avg_pool2d(images, 2)
+        return torch.cat([pooled, -pooled], dim=1)
+
+
+def test_an_encoder_with_a_map_per_branch_shares_one_projection():
+    model = build(branches=2)
+    grouped = Tokenizer(TwoGroups(), model.quantizer, model.decoder, 8)
+    images = pictures()
+    z = grouped.encode(images)
+    assert grouped.quant_conv.weight.shape[:2] == (model.quantizer.dim // 2, 3)
+    pooled = F.avg_pool2d(images, 2)
+    torch.testing.assert_close(z, torch.cat([grouped.quant_conv(pooled), grouped.quant_conv(-pooled)], dim=1))
+
+
+def test_refuses_groups_that_are_not_the_branches():
+    model = build(branches=1)
+    with pytest.raises(ConfigError, match=r"backbone\.encoder\.groups"):
+        Tokenizer(TwoGroups(), model.quantizer, model.decoder, 8)

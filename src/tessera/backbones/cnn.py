@@ -173,7 +173,7 @@ class CNNEncoder(nn.Module):
         super().__init__()
         widths = _check("encoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
         last = len(widths) - 1
-        self.out_channels, self.downsample = z_channels, 2**last
+        self.out_channels, self.groups, self.downsample = z_channels, 1, 2**last
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         entries = [channels, *widths[:-1]]
         self.conv_blocks = nn.ModuleList(
@@ -187,6 +187,15 @@ class CNNEncoder(nn.Module):
     def extra_repr(self) -> str:
         """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
         return f"downsample={self.downsample}, norm_groups={self.norm_out.num_groups}"
+
+    def latent_grid(self, resolution: int) -> tuple[int, int]:
+        """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
+        if resolution < 1 or resolution % self.downsample:
+            raise ConfigError(
+                f"data.dataset.resolution={resolution} is not divisible by {self.downsample}, the downsampling of the "
+                "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
+            )
+        return (resolution // self.downsample,) * 2
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
@@ -241,6 +250,10 @@ class CNNDecoder(nn.Module):
     def last_layer(self) -> nn.Parameter:
         """Weight of the output projection, where the adaptive adversarial weight is measured."""
         return self.conv_out.weight
+
+    def resolution(self, grid: tuple[int, int]) -> int:
+        """Side in pixels of the images made from a latent grid (h, w)."""
+        return grid[0] * self.upsample
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))

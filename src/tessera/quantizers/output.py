@@ -33,9 +33,11 @@ class QuantizerOutput:
         latent: (B, C, h, w) float; carrier of the straight-through gradient. z_q = latent + sg(value -
             latent).
         losses: unweighted named scalars, reduced over scales and branches.
+        depths: (B,) int64; scales summed into z_q where quantizer dropout acted; None: all of them.
     """
 
     z_q: Tensor
     tokens: Tensor
     latent: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    depths: Tensor | None = None

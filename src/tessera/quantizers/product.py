@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tessera.errors import ConfigError, DataError
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.structure import Grid, Structure
+from tessera.rng import SampleRng, as_sample_rng, integers
 
 
 class ProductQuantizer(nn.Module):
@@ -19,16 +20,31 @@ class ProductQuantizer(nn.Module):
         branch: factory of a structure, called with `dim` = dim / branches.
         branches: P.
         dim: C, channels of all branches together.
+        dropout: share of the training images whose decoded latent sums only the first scales.
+        dropout_start: least number of scales kept; the depth is uniform in [dropout_start, scales], one draw per image
+            for all branches.
 
     Raises:
-        ConfigError: P below 1 or not dividing dim.
+        ConfigError: P below 1 or not dividing dim; dropout values out of range.
 
     Source: XQ-GAN (arXiv:2412.01762), product quantisation; channels are split here for every backbone, while
         the public code cuts the height axis of CNN features.
     """
 
-    def __init__(self, branch: Callable[..., Structure], branches: int, dim: int):
+    def __init__(
+        self,
+        branch: Callable[..., Structure],
+        branches: int,
+        dim: int,
+        dropout: float = 0.0,
+        dropout_start: int = 1,
+    ):
         super().__init__()
+        if not 0.0 <= dropout <= 1.0:
+            raise ConfigError(f"quantizer.dropout={dropout} is outside [0, 1]; it is a share of the images")
+        if dropout_start < 1:
+            raise ConfigError(f"quantizer.dropout_start={dropout_start} must be at least 1, the first scale")
+        self.dropout, self.dropout_start = dropout, dropout_start
         if branches < 1 or dim < 1:
             raise ConfigError(f"quantizer.branches={branches} and quantizer.dim={dim} must be at least 1")
         if dim % branches:
@@ -69,22 +85,39 @@ class ProductQuantizer(nn.Module):
             raise ValueError(f"latent of shape {tuple(z.shape)} has not the {self.dim} channels of the quantizer")
         return z.chunk(self.num_branches, dim=1)
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
+    def _draw_depths(self, z: Tensor, rng: SampleRng | torch.Generator | None) -> Tensor | None:
+        """Scales kept per image, (B,) int64; None where nothing is dropped."""
+        if not (self.training and self.dropout > 0):
+            return None
+        scales = len(self.grids)
+        if self.dropout_start > scales:
+            raise ConfigError(f"quantizer.dropout_start={self.dropout_start} exceeds the {scales} scales (grids)")
+        draws = as_sample_rng(rng, len(z), z.device)
+        depths = self.dropout_start + integers(draws.uniform("quantizer/depth"), scales - self.dropout_start + 1)
+        return torch.where(draws.uniform("quantizer/drop") < self.dropout, depths, scales)
+
+    def forward(self, z: Tensor, rng: SampleRng | torch.Generator | None = None) -> QuantizerOutput:
         """Quantise with straight-through gradient.
 
         Args:
             z: (B, C, h, w) float.
+            rng: draws of the dropout by sample, streams "quantizer/drop" and "quantizer/depth".
 
         Returns:
-            z_q and latent (B, C, h, w) float32, tokens (B, P, L) int64, losses averaged over branches.
+            z_q and latent (B, C, h, w) float32, tokens (B, P, L) int64 of all scales, losses averaged over branches.
+
+        Raises:
+            ConfigError: dropout_start exceeds the number of scales.
         """
-        outputs = [branch(part) for branch, part in zip(self.branches, self._split(z), strict=True)]
+        depths = self._draw_depths(z, rng)
+        outputs = [branch(part, depths) for branch, part in zip(self.branches, self._split(z), strict=True)]
         losses = {name: torch.stack([output.losses[name] for output in outputs]).mean() for name in outputs[0].losses}
         return QuantizerOutput(
             z_q=torch.cat([output.z_q for output in outputs], dim=1),
             tokens=torch.cat([output.tokens for output in outputs], dim=1),
             latent=torch.cat([output.latent for output in outputs], dim=1),
             losses=losses,
+            depths=depths,
         )
 
     def encode(self, z: Tensor) -> Tensor:

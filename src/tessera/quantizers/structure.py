@@ -46,8 +46,8 @@ class Structure(nn.Module, ABC):
         """Tell the structure the latent grid; refuses one that contradicts its own."""
 
     @abstractmethod
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantise z (B, D, h, w); tokens are (B, 1, L)."""
+    def forward(self, z: Tensor, depths: Tensor | None = None) -> QuantizerOutput:
+        """Quantise z (B, D, h, w); tokens are (B, 1, L). With depths (B,) int64, z_q sums only so many scales."""
 
     @abstractmethod
     def encode(self, z: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ class SingleGridQuantizer(Structure):
         """(B h w, D) -> (B, D, h, w) of `shape` (B, h, w)."""
         return rows.view(*shape, self.dim).permute(0, 3, 1, 2).contiguous()
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
+    def forward(self, z: Tensor, depths: Tensor | None = None) -> QuantizerOutput:
+        """Quantise z; a single grid has nothing to drop, so `depths` is only passed on."""
         out = self.codebooks[0](self._rows(z))
         shape = (z.shape[0], *z.shape[2:])
         return QuantizerOutput(
@@ -119,6 +120,7 @@ class SingleGridQuantizer(Structure):
             tokens=out.indices.view(z.shape[0], 1, -1),
             latent=self._map(out.latents, shape),
             losses=out.losses,
+            depths=depths,
         )
 
     def encode(self, z: Tensor) -> Tensor:

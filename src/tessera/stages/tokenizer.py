@@ -62,7 +62,7 @@ class TokenizerTraining(ReconstructionStage):
             def perturb(quantizer, z, output):
                 return self.perturbation(quantizer, z, output, self.progress, self.sample_rng(batch))
 
-        output = self.tokenizer(images, perturb)
+        output = self.tokenizer(images, perturb, self.sample_rng(batch))
         adversarial = self.discriminator is not None and self.progress >= self.discriminator_start
         step = self.open_window()
         self.log("train/perturbed_share", output.perturbed_share)

@@ -16,6 +16,7 @@ class TokenizerOutput:
             clean one.
         tokens: (B, P, L) int64; clean tokens.
         losses: unweighted quantizer losses, always from the clean codes.
+        depths: (B,) int64; scales that were decoded of each image, where quantizer dropout acted; else None.
         perturbed_share: scalar float; realised share of images that were perturbed (0 without perturbation).
     """
 
@@ -25,3 +26,4 @@ class TokenizerOutput:
     tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     perturbed_share: Tensor | float = 0.0
+    depths: Tensor | None = None

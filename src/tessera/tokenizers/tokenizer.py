@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tessera.errors import ConfigError, DataError
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
+from tessera.rng import SampleRng
 from tessera.tokenizers.output import TokenizerOutput
 
 Perturb = Callable[[ProductQuantizer, Tensor, QuantizerOutput], tuple[QuantizerOutput, Tensor | float]]
@@ -18,38 +19,39 @@ class Tokenizer(nn.Module):
     """images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images.
 
     Args:
-        encoder: module with `out_channels` and `downsample`; (B, 3, H, W) -> (B, out_channels, h, w).
+        encoder: module with `out_channels`, `groups` and `latent_grid(resolution)`; (B, 3, H, W) -> (B, groups *
+            out_channels, h, w). An encoder of one group gives one map, projected to the channels of all branches. An
+            encoder of P groups gives a map of its own to each branch, and all pass the same projection.
         quantizer: of C channels; told the latent grid here.
-        decoder: module with `in_channels` and `last_layer`; (B, in_channels, h, w) -> (B, 3, H, W).
+        decoder: module with `in_channels`, `last_layer` and `resolution(grid)`; (B, in_channels, h, w) ->
+            (B, 3, H, W).
         resolution: side of the square images, in pixels.
 
     Attributes:
         grid: (h, w) of the latent.
 
     Raises:
-        ConfigError: resolution not divisible by the encoder's downsampling, or parts that do not fit each
-            other.
+        ConfigError: a resolution that the encoder can't take, or parts that do not fit each other.
     """
 
     def __init__(self, encoder: nn.Module, quantizer: ProductQuantizer, decoder: nn.Module, resolution: int):
         super().__init__()
-        if resolution < 1 or resolution % encoder.downsample:
+        self.resolution, self.grid = resolution, encoder.latent_grid(resolution)
+        made = decoder.resolution(self.grid)
+        if made != resolution:
             raise ConfigError(
-                f"data.dataset.resolution={resolution} is not divisible by {encoder.downsample}, the "
-                "downsampling of the encoder (backbone.encoder.channel_multipliers: one halving per entry "
-                "after the first)"
+                f"the decoder makes images of {made} pixels from the latent grid {self.grid} of the encoder, but "
+                f"data.dataset.resolution={resolution}; set backbone.decoder.channel_multipliers (one doubling per "
+                "entry after the first) or backbone.decoder.grid to the encoder's"
             )
-        upsample = getattr(decoder, "upsample", encoder.downsample)
-        if upsample != encoder.downsample:
+        if encoder.groups not in (1, quantizer.num_branches):
             raise ConfigError(
-                f"the decoder enlarges {upsample}-fold but the encoder shrinks {encoder.downsample}-fold; "
-                "give backbone.decoder.channel_multipliers as many entries as the encoder's"
+                f"the encoder makes latents for {encoder.groups} branches, but quantizer.branches="
+                f"{quantizer.num_branches}; set backbone.encoder.groups to it, or to 1"
             )
-        side = resolution // encoder.downsample
-        self.resolution, self.grid = resolution, (side, side)
         quantizer.bind_grid(self.grid)
         self.encoder = encoder
-        self.quant_conv = nn.Conv2d(encoder.out_channels, quantizer.dim, 1)
+        self.quant_conv = nn.Conv2d(encoder.out_channels, quantizer.dim // encoder.groups, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.in_channels, 1)
         self.decoder = decoder
@@ -71,7 +73,12 @@ class Tokenizer(nn.Module):
                 f"images of shape {tuple(images.shape)} do not fit this tokenizer, which needs (batch, 3, "
                 f"{self.resolution}, {self.resolution}); set data.dataset.resolution={self.resolution}"
             )
-        return self.quant_conv(self.encoder(images))
+        features = self.encoder(images)
+        if self.encoder.groups == 1:
+            return self.quant_conv(features)
+        # (B, P D, h, w) -> (B P, D, h, w): the same projection for every branch
+        projected = self.quant_conv(features.view(-1, self.encoder.out_channels, *features.shape[2:]))
+        return projected.view(len(images), self.quantizer.dim, *self.grid)
 
     def tokenize(self, images: Tensor) -> Tensor:
         """Tokens (B, P, L) int64 of images (B, 3, H, W) in [-1, 1]."""
@@ -90,20 +97,23 @@ class Tokenizer(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] after one round trip through tokens."""
         return self.decode(self.quantizer(self.encode(images)).z_q).clamp(-1, 1)
 
-    def forward(self, images: Tensor, perturb: Perturb | None = None) -> TokenizerOutput:
+    def forward(
+        self, images: Tensor, perturb: Perturb | None = None, rng: SampleRng | torch.Generator | None = None
+    ) -> TokenizerOutput:
         """Reconstruct with gradients.
 
         Args:
             images: (B, 3, H, W) float in [-1, 1].
             perturb: optional; (quantizer, z, quantizer output) -> (quantizer output to decode, share of
                 images hit).
+            rng: draws of the quantizer's dropout, by sample.
 
         Returns:
             The decoded image is the perturbed one where a perturbation hit; tokens and losses are the clean
             ones.
         """
         z = self.encode(images)
-        clean = self.quantizer(z)
+        clean = self.quantizer(z, rng)
         decoded, share = (clean, 0.0) if perturb is None else perturb(self.quantizer, z, clean)
         return TokenizerOutput(
             reconstruction=self.decode(decoded.z_q),
@@ -112,6 +122,7 @@ class Tokenizer(nn.Module):
             tokens=clean.tokens,
             losses=clean.losses,
             perturbed_share=share,
+            depths=clean.depths,
         )
 
     @property
