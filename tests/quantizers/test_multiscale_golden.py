@@ -227,6 +227,40 @@ def test_published_product_of_two(case):
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_p1_vqvae"])
+def test_published_quantizer_of_var(case):
+    """From the recorded latent on: the Euclidean search of VAR's own tokenizer."""
+    file = golden(case)
+    config = file.config
+    search = "cosine" if config["using_znorm"] else "euclidean"
+    codebook = partial(VQCodebook, codebook_size=config["vocab_size"], l2_normalize=False, search=search)
+    branch = partial(
+        MultiScaleQuantizer,
+        codebook=codebook,
+        grids=config["v_patch_nums"],
+        phi_convs=config["share_quant_resi"],
+        phi_ratio=config["quant_resi"],
+    )
+    quantizer = ProductQuantizer(branch, 1, config["z_channels"]).eval()
+    weights = {key: value for key, value in file.weights.items() if key.startswith("quantize.")}
+    load_strictly(quantizer, quantizer_keys(weights), "golden")
+    z = file.output["f"]
+    tokens = quantizer.encode(z)
+    sizes = [n**2 for n in config["v_patch_nums"]]
+    latent = torch.zeros_like(z)
+    for scale, part in enumerate(tokens.split(sizes, dim=2)):
+        assert torch.equal(part[:, 0], file.output[f"idx_{scale}"])
+        assert_close(quantizer.partial_decode(tokens, scale + 1), file.output[f"f_hat_{scale}"], atol=2e-5)
+        latent, following = quantizer.advance(latent, quantizer.embed(part, scale), scale)
+        recorded = file.output[f"next_map_{scale}"]
+        if following is None:
+            assert_close(latent, recorded, atol=2e-5)
+        else:
+            assert_close(following, recorded.flatten(2).transpose(1, 2), atol=2e-5)
+    assert_close(quantizer.next_scale_input(tokens), file.output["var_input"], atol=2e-5)
+
+
+@pytest.mark.golden
 @pytest.mark.parametrize("case", ["var_schedules"])
 def test_published_choice_of_convolutions(case):
     tables = {name.split("/")[1]: value for name, value in golden(case).output.items() if "phi_index" in name}
