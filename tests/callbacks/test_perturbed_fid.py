@@ -48,6 +48,13 @@ def test_control_is_rfid_and_mean_is_of_the_table():
     assert figure.protocol.extra["alpha"] == list(ALPHAS)
 
 
+def test_equal_deltas_are_one_setting():
+    """The published deltas of a codebook of 16 are all 2."""
+    figure = run()
+    assert set(figure.details["table"]) == {f"a={alpha},d=2" for alpha in ALPHAS}
+    assert figure.value == pytest.approx(run(deltas=[2]).value)
+
+
 def test_one_setting_by_hand():
     alpha, delta = 0.7, 4
     figure = run(alphas=[alpha], deltas=[delta])

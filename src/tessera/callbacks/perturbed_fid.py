@@ -112,7 +112,8 @@ class PerturbedFID(FigureCallback):
             setting: FrechetDistance(self.extractor.num_features, sides=("fake",)).to(pl_module.device)
             for setting in settings
         }
-        self.changed = torch.zeros(len(settings), 2, dtype=torch.float64)
+        # of small codebooks, several deltas are the same
+        self.changed = torch.zeros(len(self.fakes), 2, dtype=torch.float64)
 
     @torch.no_grad()
     def measure(
