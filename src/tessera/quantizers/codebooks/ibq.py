@@ -55,6 +55,7 @@ class IBQCodebook(Codebook):
 
     # the decoder's gradient passes through the vectors themselves: no straight-through is laid around a sum of them
     carries_gradient: ClassVar[bool] = True
+    DIAGNOSTICS: ClassVar[tuple[str, ...]] = ("gradient_path", "max_probability", "logit_std")
 
     def __init__(
         self,
@@ -172,4 +173,4 @@ class IBQCodebook(Codebook):
                 s = scores.softmax(1)
                 path = ((s @ norms) - (s @ codes).square().sum(1)).sum() / self.dim
                 sums += torch.stack([path, s.amax(1).sum(), spread])
-        return dict(zip(("gradient_path", "max_probability", "logit_std"), sums / len(x), strict=True))
+        return dict(zip(self.DIAGNOSTICS, sums / len(x), strict=True))
