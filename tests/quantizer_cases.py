@@ -12,6 +12,7 @@ from tessera.quantizers import (
     ClusteringRevival,
     Codebook,
     FSQCodebook,
+    IBQCodebook,
     LFQCodebook,
     MultiScaleQuantizer,
     ProductQuantizer,
@@ -51,6 +52,8 @@ CODEBOOKS: dict[str, CodebookCase] = {
     "lfq_hard": CodebookCase(partial(LFQCodebook, bits=4, entropy="hard", temperature=1.0), 4),
     "bsq": CodebookCase(partial(BSQCodebook, bits=5), 5),
     "bsq_none": CodebookCase(partial(BSQCodebook, bits=5, entropy="none"), 5),
+    "ibq": CodebookCase(partial(IBQCodebook, codebook_size=17), 4),
+    "ibq_short": CodebookCase(partial(IBQCodebook, codebook_size=17, max_latent_rms=0.5, use_entropy=False), 4),
     "fsq": CodebookCase(partial(FSQCodebook, levels=[4, 3, 2, 5]), 4),
 }
 
