@@ -1,6 +1,7 @@
 """Quantizers: codebooks, structures of codebooks, and products of structures."""
 
 from tessera.quantizers.codebooks import Codebook, VQCodebook
+from tessera.quantizers.gaussian import GaussianBottleneck
 from tessera.quantizers.output import CodebookOutput, QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
 from tessera.quantizers.search import nearest_codes, nearest_k
@@ -9,6 +10,7 @@ from tessera.quantizers.structure import SingleGridQuantizer, Structure
 __all__ = [
     "Codebook",
     "CodebookOutput",
+    "GaussianBottleneck",
     "ProductQuantizer",
     "QuantizerOutput",
     "SingleGridQuantizer",
