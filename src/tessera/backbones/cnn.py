@@ -9,6 +9,16 @@ from torch import Tensor, nn
 from tessera.errors import ConfigError
 
 
+def halved_grid(resolution: int, downsample: int) -> tuple[int, int]:
+    """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
+    if resolution < 1 or resolution % downsample:
+        raise ConfigError(
+            f"data.dataset.resolution={resolution} is not divisible by {downsample}, the downsampling of the "
+            "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
+        )
+    return (resolution // downsample,) * 2
+
+
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """GroupNorm with the epsilon of the VQGAN line."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -210,12 +220,7 @@ class CNNEncoder(nn.Module):
 
     def latent_grid(self, resolution: int) -> tuple[int, int]:
         """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
-        if resolution < 1 or resolution % self.downsample:
-            raise ConfigError(
-                f"data.dataset.resolution={resolution} is not divisible by {self.downsample}, the downsampling of the "
-                "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
-            )
-        return (resolution // self.downsample,) * 2
+        return halved_grid(resolution, self.downsample)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
@@ -262,11 +267,9 @@ class CNNDecoder(nn.Module):
         self.in_channels, self.upsample = z_channels, 2**last
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0], mid_attention, norm_groups, dropout)
-        entries = [widths[0], *widths[:-1]]
+        entries, blocks = [widths[0], *widths[:-1]], num_res_blocks + 1
         self.conv_blocks = nn.ModuleList(
-            _DecoderLevel(
-                [entry] + [width] * (num_res_blocks + 1), i in attention, norm_groups, dropout, resample=i < last
-            )
+            _DecoderLevel([entry] + [width] * blocks, i in attention, norm_groups, dropout, resample=i < last)
             for i, (entry, width) in enumerate(zip(entries, widths, strict=True))
         )
         self.norm_out = group_norm(widths[-1], norm_groups)

@@ -6,8 +6,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.backbones.cnn import Upsample, group_norm, level_widths
-from tessera.errors import ConfigError
+from tessera.backbones.cnn import Upsample, group_norm, halved_grid, level_widths
 
 
 class MaskGITBlock(nn.Module):
@@ -104,12 +103,7 @@ class MaskGITEncoder(nn.Module):
 
     def latent_grid(self, resolution: int) -> tuple[int, int]:
         """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
-        if resolution < 1 or resolution % self.downsample:
-            raise ConfigError(
-                f"data.dataset.resolution={resolution} is not divisible by {self.downsample}, the downsampling of the "
-                "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
-            )
-        return (resolution // self.downsample,) * 2
+        return halved_grid(resolution, self.downsample)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in((images + 1) / 2)

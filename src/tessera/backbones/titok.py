@@ -134,8 +134,8 @@ class _TokenDecoder(nn.Module):
         tokens = len(self.latent_positions)
         if grid[0] * grid[1] != tokens:
             raise ConfigError(
-                f"the encoder makes latents on the grid {grid}, but backbone.decoder.num_latent_tokens={tokens}; set it "
-                f"to {grid[0] * grid[1]}"
+                f"the encoder makes latents on the grid {grid}, but backbone.decoder.num_latent_tokens={tokens}; set "
+                f"it to {grid[0] * grid[1]}"
             )
         return self.image_size
 
