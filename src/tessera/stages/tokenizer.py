@@ -1,5 +1,6 @@
 """Tokenizer main-training."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ class TokenizerTraining(ReconstructionStage):
     Args:
         perturbation: RobusTok's latent perturbation; None: off.
         discriminator_start: fraction of training from which the discriminator takes part; nothing of it runs before.
+        trained_parts: modules of the tokenizer that are trained: encoder, quant_conv, quantizer, post_quant_conv,
+            decoder. The others are frozen and stay in eval mode. None: all are trained. [post_quant_conv, decoder]
+            fine-tunes a decoder without touching the tokens (TiTok's stage 2).
         **shared: see `ReconstructionStage`.
 
     Raises:
@@ -30,6 +34,7 @@ class TokenizerTraining(ReconstructionStage):
         **ReconstructionStage.default_weights,
         "codebook": 1.0,
         "commitment": 0.25,
+        "kl": 1e-6,  # TiTok's VAE
     }
 
     def __init__(
@@ -37,6 +42,7 @@ class TokenizerTraining(ReconstructionStage):
         *,
         perturbation: NearestCodePerturbation | None = None,
         discriminator_start: float = 0.0,
+        trained_parts: Sequence[str] | None = None,
         **shared: Any,
     ):
         super().__init__(**shared)
@@ -47,6 +53,20 @@ class TokenizerTraining(ReconstructionStage):
         if perturbation is not None:
             perturbation.check(self.tokenizer.quantizer)
         self.perturbation, self.discriminator_start = perturbation, discriminator_start
+        parts = dict(self.tokenizer.named_children())
+        chosen = list(parts) if trained_parts is None else list(trained_parts)
+        if not chosen or set(chosen) - set(parts):
+            raise ConfigError(f"stage.trained_parts={chosen} must name some of {', '.join(parts)}, or be null for all")
+        self.frozen_parts = [part for name, part in parts.items() if name not in chosen]
+        for part in self.frozen_parts:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TokenizerTraining":
+        """The frozen parts stay in eval mode."""
+        super().train(mode)
+        for part in self.frozen_parts:
+            part.eval()
+        return self
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer}

@@ -109,10 +109,14 @@ class Tokenizer(nn.Module):
         """Tokens (B, P, L) int64 of images (B, 3, H, W) in [-1, 1]."""
         return self.quantizer.encode(self.encode(images))
 
+    def decoder_input(self, z_q: Tensor) -> Tensor:
+        """What the decoder gets, (B, decoder.in_channels, h, w), for a quantised latent (B, C, h, w)."""
+        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
+        return self.post_quant_conv(z_q.to(self.last_layer.dtype))
+
     def decode(self, z_q: Tensor) -> Tensor:
         """Images (B, 3, H, W) float, not clamped, of a quantised latent (B, C, h, w)."""
-        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
-        return self.decoder(self.post_quant_conv(z_q.to(self.last_layer.dtype)))
+        return self.decoder(self.decoder_input(z_q))
 
     def detokenize(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1] of tokens (B, P, L), whose shape and range are checked."""
