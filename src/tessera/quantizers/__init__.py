@@ -2,6 +2,7 @@
 
 from tessera.quantizers.codebooks import Codebook, VQCodebook
 from tessera.quantizers.gaussian import GaussianBottleneck
+from tessera.quantizers.codebooks import Codebook, IBQCodebook, VQCodebook
 from tessera.quantizers.output import CodebookOutput, QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
 from tessera.quantizers.search import nearest_codes, nearest_k
@@ -11,6 +12,7 @@ __all__ = [
     "Codebook",
     "CodebookOutput",
     "GaussianBottleneck",
+    "IBQCodebook",
     "ProductQuantizer",
     "QuantizerOutput",
     "SingleGridQuantizer",
