@@ -75,7 +75,7 @@ def test_trains_all_but_the_teachers_part(tmp_path):
     for key, value in guide.decoder.state_dict().items():
         assert torch.equal(after[f"decoder.pixel_decoder.{key}"], value)
     assert torch.equal(after["decoder.pixel_codebook"], guide.quantizer.branches[0].codebooks[0].embedding)
-    assert first[-1] < 0.9 * first[0]
+    assert first[-1] < 0.95 * first[0]
     assert 0 <= fit.callback_metrics["val/proxy_accuracy"] <= 1
     assert fit.callback_metrics["val/loss/proxy_codes"] < first[0]
     assert not any("teacher" in key for key in model.state_dict())
