@@ -15,7 +15,9 @@ from tessera.zoo.taming import split_qkv
 
 FOLDER = Path(__file__).parent / "published"
 ROWS = {
-    (path.stem, name): row for path in sorted(FOLDER.glob("*.json")) for name, row in json.loads(path.read_text()).items()
+    (path.stem, name): row
+    for path in sorted(FOLDER.glob("*.json"))
+    for name, row in json.loads(path.read_text()).items()
 }
 
 
