@@ -112,8 +112,8 @@ def test_soft_codes_are_means_of_the_codebook():
     logits = torch.full((1, 20, 4, 4), -1e4)
     logits[0, 7] = 1e4
     soft = decoder.soft_codes(logits)
-    assert_close(soft, decoder.pixel_codebook[7].view(1, 6, 1, 1).expand(1, 6, 4, 4))
-    assert_close(decoder.soft_codes(torch.zeros(1, 20, 4, 4))[0, :, 0, 0], decoder.pixel_codebook.mean(0))
+    assert_close(soft, decoder.pixel_embedding[7].view(1, 6, 1, 1).expand(1, 6, 4, 4))
+    assert_close(decoder.soft_codes(torch.zeros(1, 20, 4, 4))[0, :, 0, 0], decoder.pixel_embedding.mean(0))
     assert decoder.last_layer is decoder.pixel_decoder.conv_out.weight
 
 

@@ -74,7 +74,7 @@ def test_trains_all_but_the_teachers_part(tmp_path):
         assert torch.equal(value, before[key]) == ("pixel_" in key), key
     for key, value in guide.decoder.state_dict().items():
         assert torch.equal(after[f"decoder.pixel_decoder.{key}"], value)
-    assert torch.equal(after["decoder.pixel_codebook"], guide.quantizer.branches[0].codebooks[0].embedding)
+    assert torch.equal(after["decoder.pixel_embedding"], guide.quantizer.branches[0].codebooks[0].embedding)
     assert first[-1] < 0.95 * first[0]
     assert 0 <= fit.callback_metrics["val/proxy_accuracy"] <= 1
     assert fit.callback_metrics["val/loss/proxy_codes"] < first[0]

@@ -74,10 +74,10 @@ class TiTokEncoder(nn.Module):
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.transformer = Transformer(width, layers, heads)
         init_weights(self)
-        self.class_token = embedding(1, width)
-        self.positions = embedding(side**2 + 1, width)  # the class token's first
+        self.class_embedding = embedding(1, width)
+        self.position_embedding = embedding(side**2 + 1, width)  # the class token's first
         self.latent_tokens = embedding(num_latent_tokens, width)
-        self.latent_positions = embedding(num_latent_tokens, width)
+        self.latent_position_embedding = embedding(num_latent_tokens, width)
 
     def extra_repr(self) -> str:
         """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
@@ -96,8 +96,8 @@ class TiTokEncoder(nn.Module):
         # patches are of images in [0, 1], as the published weights expect
         patches = self.patch_embed((images + 1) / 2).flatten(2).transpose(1, 2)
         count = len(images)
-        x = torch.cat([self.class_token.expand(count, -1, -1), patches], dim=1) + self.positions
-        latents = self.latent_tokens + self.latent_positions
+        x = torch.cat([self.class_embedding.expand(count, -1, -1), patches], dim=1) + self.position_embedding
+        latents = self.latent_tokens + self.latent_position_embedding
         x = torch.cat([x, latents.expand(count, -1, -1)], dim=1)
         latents = self.transformer(x, slice(-len(self.latent_tokens), None))  # (B, N, W)
         if self.latent_layout == "transposed":
@@ -124,14 +124,14 @@ class _TokenDecoder(nn.Module):
         width, layers, heads = transformer_size(key, size, width, layers, heads)
         self.image_size, self.patch_size, self.in_channels = resolution, patch_size, width
         self.transformer = Transformer(width, layers, heads)
-        self.class_token = embedding(1, width)
+        self.class_embedding = embedding(1, width)
         self.mask_token = embedding(1, width)
-        self.positions = embedding(self.side**2 + 1, width)  # the class token's first
-        self.latent_positions = embedding(num_latent_tokens, width)
+        self.position_embedding = embedding(self.side**2 + 1, width)  # the class token's first
+        self.latent_position_embedding = embedding(num_latent_tokens, width)
 
     def resolution(self, grid: tuple[int, int]) -> int:
         """Side in pixels of the images made from a latent grid (h, w); ConfigError where it has not N cells."""
-        tokens = len(self.latent_positions)
+        tokens = len(self.latent_position_embedding)
         if grid[0] * grid[1] != tokens:
             raise ConfigError(
                 f"the encoder makes latents on the grid {grid}, but backbone.decoder.num_latent_tokens={tokens}; set "
@@ -141,9 +141,9 @@ class _TokenDecoder(nn.Module):
 
     def patch_features(self, z: Tensor) -> Tensor:
         """(B, width, g, g) of latents (B, width, h, w)."""
-        latents = z.flatten(2).transpose(1, 2) + self.latent_positions
+        latents = z.flatten(2).transpose(1, 2) + self.latent_position_embedding
         cells = self.side**2
-        queries = torch.cat([self.class_token, self.mask_token.expand(cells, -1)]) + self.positions
+        queries = torch.cat([self.class_embedding, self.mask_token.expand(cells, -1)]) + self.position_embedding
         x = torch.cat([queries.expand(len(z), -1, -1), latents], dim=1)
         features = self.transformer(x, slice(1, cells + 1))
         return features.transpose(1, 2).unflatten(2, (self.side, self.side))
@@ -238,7 +238,7 @@ class TiTokProxyDecoder(_TokenDecoder):
             )
         bound = 1 / proxy_codebook_size
         codes = torch.empty(proxy_codebook_size, self.pixel_decoder.in_channels).uniform_(-bound, bound)
-        self.pixel_codebook = nn.Parameter(codes)
+        self.pixel_embedding = nn.Parameter(codes)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -252,7 +252,7 @@ class TiTokProxyDecoder(_TokenDecoder):
     def soft_codes(self, logits: Tensor) -> Tensor:
         """Means (B, C, g, g) of the pixel codebook under softmax(logits (B, K, g, g))."""
         shares = logits.movedim(1, -1).softmax(-1)
-        return (shares.to(self.pixel_codebook.dtype) @ self.pixel_codebook).movedim(-1, 1)
+        return (shares.to(self.pixel_embedding.dtype) @ self.pixel_embedding).movedim(-1, 1)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.pixel_decoder(self.soft_codes(self.proxy_logits(z)))

@@ -75,9 +75,9 @@ class ProxyCodeTraining(ReconstructionStage):
         _check_teacher(teacher, tokenizer, decoder)
         decoder.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
         with torch.no_grad():
-            decoder.pixel_codebook.copy_(_codes(teacher))
+            decoder.pixel_embedding.copy_(_codes(teacher))
         decoder.pixel_decoder.requires_grad_(False)
-        decoder.pixel_codebook.requires_grad_(False)
+        decoder.pixel_embedding.requires_grad_(False)
         self._teacher = Unregistered(teacher)
 
     def averaged_modules(self) -> dict[str, nn.Module]:
@@ -123,7 +123,7 @@ def _codes(teacher: Tokenizer) -> Tensor:
 
 
 def _check_teacher(teacher: Tokenizer, tokenizer: Tokenizer, decoder: TiTokProxyDecoder) -> None:
-    quantizer, proxies = teacher.quantizer, len(decoder.pixel_codebook)
+    quantizer, proxies = teacher.quantizer, len(decoder.pixel_embedding)
     if teacher.resolution != tokenizer.resolution or teacher.grid != (decoder.side, decoder.side):
         raise ConfigError(
             f"stage.teacher makes {teacher.grid} codes of images of {teacher.resolution} pixels, but the decoder "

@@ -59,7 +59,7 @@ class TokenizerTraining(ReconstructionStage):
             raise ConfigError(f"stage.trained_parts={chosen} must name some of {', '.join(parts)}, or be null for all")
         self.frozen_parts = [part for name, part in parts.items() if name not in chosen]
         for part in self.frozen_parts:
-            part.requires_grad_(False)
+            part.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "TokenizerTraining":
         """The frozen parts stay in eval mode."""

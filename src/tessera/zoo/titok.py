@@ -19,9 +19,8 @@ from tessera.zoo import maskgit
 from tessera.zoo.keys import Rules, load_strictly, rename
 
 _TRANSFORMER: Rules = (
-    (r"(encoder|decoder)\.class_embedding", r"\1.class_token"),
-    (r"(encoder|decoder)\.positional_embedding", r"\1.positions"),
-    (r"(encoder|decoder)\.latent_token_positional_embedding", r"\1.latent_positions"),
+    (r"(encoder|decoder)\.positional_embedding", r"\1.position_embedding"),
+    (r"(encoder|decoder)\.latent_token_positional_embedding", r"\1.latent_position_embedding"),
     (r"(encoder|decoder)\.ln_pre\.(.*)", r"\1.transformer.norm_in.\2"),
     (r"(encoder|decoder)\.ln_post\.(.*)", r"\1.transformer.norm_out.\2"),
     (r"(encoder|decoder)\.transformer\.(\d+)\.ln_([12])\.(.*)", r"\1.transformer.blocks.\2.norm\3.\4"),
@@ -39,7 +38,7 @@ _ENDS: Rules = (
 _PIXEL_HEAD: Rules = ((r"decoder\.ffn\.0\.(.*)", r"decoder.head.\1"),)
 _PROXY_HEAD: Rules = (
     (r"decoder\.ffn\.([02])\.(.*)", r"decoder.head.\1.\2"),
-    (r"pixel_quantize\.embedding\.weight", r"decoder.pixel_codebook"),
+    (r"pixel_quantize\.embedding\.weight", r"decoder.pixel_embedding"),
 )
 # (our key, dimensions of the published tensor, to ours)
 _RESHAPED = (
