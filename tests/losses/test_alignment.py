@@ -130,8 +130,10 @@ def test_teacher_features():
 def test_clip_has_its_own_statistics_and_activation():
     clip = teacher(model="vit_base_patch16_clip_quickgelu_224.openai", normalisation="clip")
     white = clip.standardise(torch.ones(1, 3, 1, 1)).flatten()
-    torch.testing.assert_close(white, (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
-        [0.26862954, 0.26130258, 0.27577711]))
+    torch.testing.assert_close(
+        white,
+        (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
     assert "QuickGELU" in type(clip.network.blocks[0].mlp.act).__name__
     assert clip(torch.zeros(1, 3, 16, 16)).shape == (1, 8)
 
