@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tessera.backbones import TiTokProxyDecoder
 from tessera.errors import ConfigError
-from tessera.stages.base import OptimizerFactory, SchedulerFactory, Unregistered
+from tessera.frozen import Unregistered
+from tessera.stages.base import OptimizerFactory, SchedulerFactory
 from tessera.stages.reconstruction import ReconstructionStage
 from tessera.stages.tokenizer import TokenizerTraining
 from tessera.tokenizers import Tokenizer
