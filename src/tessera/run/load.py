@@ -9,6 +9,7 @@ from torch import nn
 from tessera.callbacks.ema import ema_weights
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run.build import make, read_checkpoint
+from tessera.zoo.export import given_weights
 from tessera.zoo.keys import load_strictly
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Pat
             log.info("%s has no averaged weights; using the raw ones", path)
         for part, values in (averaged or {}).items():
             state.update({f"{part}.{key}".removeprefix(prefix): value for key, value in values.items()})
-    module = make(architecture)
+    module = make(given_weights(architecture))
     load_strictly(module, state, str(path))
     module.architecture = architecture
     return module.eval()

@@ -13,10 +13,18 @@ from tessera.errors import CheckpointError
 # (pattern of the whole published key, our key). The first match decides; a key without match keeps its name.
 Rules = Sequence[tuple[str, str]]
 
-XQGAN_SINGLE_GRID: Rules = (
+# peft wraps a network as base_model.model, a target layer as base_layer, and copies layers that train in full
+_PEFT = r"(encoder|decoder)\.model\.(?:base_model\.model\.)?"
+XQGAN: Rules = (
     (r"quantize\.embedding\.weight", r"quantizer.branches.0.codebooks.0.embedding"),
     (r"quantizes\.(\d+)\.embedding\.weight", r"quantizer.branches.\1.codebooks.0.embedding"),
-    (r"((?:encoder|decoder|quant_conv|post_quant_conv)\..*)", r"\1"),
+    (r"(encoder|decoder)\.lvl_embed\.weight", r"\1.level_embed"),
+    (r"decoder\.to_pixel\.model\.0\.linear\.(.*)", r"decoder.to_pixel.hidden.\1"),
+    (r"decoder\.to_pixel\.model\.(?:1\.)?(?:linear\.)?(weight|bias)", r"decoder.to_pixel.projection.\1"),
+    (_PEFT + r"(.*)\.lora_A\.default\.weight", r"\1.network.\2.lora_a"),
+    (_PEFT + r"(.*)\.lora_B\.default\.weight", r"\1.network.\2.lora_b"),
+    (_PEFT + r"(.*)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)", r"\1.network.\2.\3"),
+    (_PEFT + r"(.*)", r"\1.network.\2"),
 )
 # Frozen teachers, training-only layers and usage statistics: nothing a tokenizer needs to run
 XQGAN_IGNORED: Sequence[str] = (
@@ -25,6 +33,7 @@ XQGAN_IGNORED: Sequence[str] = (
     r"sem_linear\..*",
     r".*\.ema_vocab_hit_SV",
     r"(?:encoder|decoder)\.lvl1LC",
+    r".*\.original_module\.(?:weight|bias)",
 )
 
 
