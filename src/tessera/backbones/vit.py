@@ -1,4 +1,4 @@
-"""Vision-transformer encoder and decoder with latent queries: a grid of learned tokens that patches give to or take from.
+"""Vision-transformer encoder and decoder with latent queries: a grid of tokens beside those of the patches.
 
 The transformer is timm's (DINOv2, with or without registers, in any size). Positions are ours, because the same table
 serves the patches and, resampled, the latent grid.
@@ -36,12 +36,12 @@ def timm_vit(name: str, pretrained: bool | str, key: str, **options: Any) -> nn.
         CheckpointError: the weights don't fit the model.
     """
     import timm
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models import is_model_in_modules
 
     architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
+    if not is_model_in_modules(architecture, {"vision_transformer"}):
         near = ", ".join(timm.list_models("vit_*_dinov2"))
-        raise ConfigError(f"{key}.name={name!r} is no model of timm; choose e.g. one of {near}")
+        raise ConfigError(f"{key}.name={name!r} is no vision transformer of timm; choose e.g. one of {near}")
     if isinstance(pretrained, str):
         if not Path(pretrained).is_file():
             raise MissingFileError(
@@ -65,10 +65,8 @@ def timm_vit(name: str, pretrained: bool | str, key: str, **options: Any) -> nn.
             f"{key}.pretrained={pretrained}: the weights don't fit {name} with {key}.width, depth and num_heads as "
             f"configured ({text[:300]}); leave these at null, or set {key}.pretrained=false"
         ) from error
-    if not isinstance(model, VisionTransformer) or model.cls_token is None or model.pos_embed is None:
-        raise ConfigError(
-            f"{key}.name={name!r} is no vision transformer with class token and learned positions; choose a DINOv2"
-        )
+    if model.cls_token is None or model.pos_embed is None:
+        raise ConfigError(f"{key}.name={name!r} has no class token or no learned positions; choose a DINOv2")
     return model
 
 
