@@ -36,6 +36,16 @@ XQGAN_IGNORED: Sequence[str] = (
     r".*\.original_module\.(?:weight|bias)",
 )
 
+# Multi-scale quantizers; to be put before the rules of single-grid ones, which hold for their codebooks
+XQGAN_MULTI_SCALE: Rules = (
+    (r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.0.phi.\1.\2"),
+    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.0.phi.0.\1"),
+    (r"quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.\1.phi.\2.\3"),
+    (r"quantizes\.(\d+)\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.\1.phi.0.\2"),
+)
+# Code magnitudes of LFQ, which follow from the options
+XQGAN_BINARY_IGNORED: Sequence[str] = (r"quantizes?\.(?:\d+\.)?scaler",)
+
 
 def rename(state: Mapping[str, Tensor], rules: Rules, ignored: Sequence[str] = ()) -> dict[str, Tensor]:
     """State dict under our names.
