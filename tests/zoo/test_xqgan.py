@@ -13,10 +13,13 @@ from tessera.backbones.tuning import adapters
 from tessera.errors import CheckpointError, ConfigError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo import export, from_pretrained, from_public
-from tessera.zoo.keys import XQGAN, XQGAN_IGNORED, rename
+from tessera.zoo.export import build
+from tessera.zoo.keys import XQGAN, XQGAN_IGNORED, load_strictly, rename
+from tessera.zoo.xqgan import architecture
 
 SINGLE_GRID = ["xqgan_cnn_vq", "xqgan_vq", "xqgan_vq_learnedpos", "xqgan_vp2", "xqgan_mixed"]
-CASES = SINGLE_GRID
+MULTI_SCALE = ["xqgan_msvr_p2", "xqgan_msbr_p2", "xqgan_cnn_msvr"]
+CASES = SINGLE_GRID + MULTI_SCALE
 
 
 def public_config(file) -> dict[str, Any]:
@@ -57,14 +60,32 @@ def differences(tokenizer: Tokenizer, file) -> dict[str, Any]:
         }
         if "codes" in file.input:
             ours["image_from_codes"] = tokenizer.detokenize(file.input["codes"])
-        for name in file.output:
-            if name.startswith("idx_"):
-                branch, _ = branch_and_scale(name)
-                ours[name] = tokens[:, branch].flatten()
-            elif name.startswith("fhat_b"):
-                branch, _ = branch_and_scale(name)
-                ours[name] = z_q[:, branch * size : (branch + 1) * size]
-    return ours
+        sides = file.config["model"]["v_patch_nums"]
+        latents = [z_q]
+        if len(sides) > 1:
+            latents = [tokenizer.quantizer.partial_decode(tokens, scale + 1) for scale in range(len(sides))]
+        for scale, latent in enumerate(latents):
+            ours[f"recon_s{scale}"] = tokenizer.decode(latent).clamp(-1, 1)
+            for branch in range(branches):
+                ours[f"fhat_b{branch}_s{scale}"] = latent[:, branch * size : (branch + 1) * size]
+                part = tokens[:, branch].split([side**2 for side in sides], dim=1)[scale]
+                ours[f"idx_b{branch}_s{scale}"] = part.reshape(file.output[f"idx_b{branch}_s{scale}"].shape)
+        if len(sides) > 1:
+            ours["var_input"] = tokenizer.quantizer.next_scale_input(tokens)
+            ours |= next_scales(tokenizer.quantizer, tokens, sides)
+    # the public code records what it can run: e.g. no teacher forcing of BSQ
+    return {name: value for name, value in ours.items() if name in file.output}
+
+
+def next_scales(quantizer, tokens: Tensor, sides: list[int]) -> dict[str, Tensor]:
+    """What a generator that goes from scale to scale sees when it is fed the tokens."""
+    latent = torch.zeros(len(tokens), quantizer.dim, sides[-1], sides[-1])
+    found, inputs = {}, []
+    for scale, part in enumerate(tokens.split([side**2 for side in sides], dim=2)):
+        latent, following = quantizer.advance(latent, quantizer.embed(part, scale), scale)
+        found[f"ar_fhat_s{scale}"] = latent
+        inputs += [following] if following is not None else []
+    return {**found, "var_input_from_ar": torch.cat(inputs, dim=1)}
 
 
 def matches(tokenizer: Tokenizer, file) -> dict[str, bool]:
@@ -195,6 +216,38 @@ def test_loading_is_strict(case):
     assert "quantizer.branches.0.codebooks.0.embedding is (" in message
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["xqgan_msbr_p2"])
+def test_code_magnitudes_must_be_those_of_the_options(case):
+    file = golden(case)
+    with pytest.raises(CheckpointError, match=r"quantizes\.0\.scaler=.*scale"):
+        from_public("xqgan", {**public_config(file), "scale": 0.7}, file.weights)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_pq2_tokenize"])
+def test_published_tokenizer_without_decoder(case):
+    file = golden(case)
+    sizes = {"embed_dim": "vit_dim", "depth": "vit_depth", "num_heads": "vit_heads"}
+    config = {**file.config, **{ours: file.config[theirs] for ours, theirs in sizes.items()}}
+    config |= {"enc_type": "dinov2", "dec_type": "dinov2"}
+    state = {key.removeprefix("vae_local."): value for key, value in file.weights.items()}
+    tokenizer = build(architecture(config), "test").eval()
+    own = tokenizer.state_dict()
+    absent = {key: own[key] for key in own if key.startswith(("decoder.", "post_quant_conv."))}
+    load_strictly(tokenizer, {**rename(state, XQGAN, XQGAN_IGNORED), **absent}, "golden")
+    with torch.no_grad():
+        z, tokens = tokenizer.encode(file.input["image"]), tokenizer.tokenize(file.input["image"])
+        z_q = tokenizer.quantizer.decode(tokens)
+        assert_close(tokenizer.quantizer.next_scale_input(tokens), file.output["var_input"], atol=2e-5)
+    branches, size = config["product_quant"], config["codebook_embed_dim"]
+    assert_close(rows_of_branches(z, branches, rows=branches > 1), file.output["encode"], atol=2e-5)
+    for p in range(branches):
+        assert_close(z_q[:, p * size : (p + 1) * size], file.output[f"f_hat_p{p}"], atol=2e-5)
+        for scale, part in enumerate(tokens[:, p].split([side**2 for side in config["v_patch_nums"]], dim=1)):
+            assert torch.equal(part, file.output[f"idx_p{p}_{scale}"])
+
+
 def test_key_table():
     state = {
         "quantize.embedding.weight": torch.zeros(1),
@@ -233,8 +286,8 @@ def test_key_table():
         ({"enc_type": "swin"}, "enc_type='swin'"),
         ({"dec_type": "swin"}, "dec_type='swin'"),
         ({"num_latent_tokens": 15}, "num_latent_tokens=15"),
-        ({"v_patch_nums": [1, 2, 4]}, r"v_patch_nums=\[1, 2, 4\]"),
         ({"lfq": True}, "lfq=true"),
+        ({"lfq": True, "v_patch_nums": [1, 2, 4]}, "codebook_size=8.*16 codes"),
         ({"product_quant": 2}, "product_quant=2"),
     ],
 )

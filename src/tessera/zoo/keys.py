@@ -13,20 +13,31 @@ from tessera.errors import CheckpointError
 # (pattern of the whole published key, our key). The first match decides; a key without match keeps its name.
 Rules = Sequence[tuple[str, str]]
 
-# peft wraps a network as base_model.model, a target layer as base_layer, and copies layers that train in full
-_PEFT = r"(encoder|decoder)\.model\.(?:base_model\.model\.)?"
-XQGAN: Rules = (
+XQGAN_SINGLE_GRID: Rules = (
     (r"quantize\.embedding\.weight", r"quantizer.branches.0.codebooks.0.embedding"),
     (r"quantizes\.(\d+)\.embedding\.weight", r"quantizer.branches.\1.codebooks.0.embedding"),
+)
+XQGAN_MULTI_SCALE: Rules = (
+    (r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.0.phi.\1.\2"),
+    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.0.phi.0.\1"),
+    (r"quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.\1.phi.\2.\3"),
+    (r"quantizes\.(\d+)\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.\1.phi.0.\2"),
+)
+# peft wraps a network as base_model.model, a target layer as base_layer, and copies layers that train in full
+_NETWORK = r"(encoder|decoder)\.model\.(?:base_model\.model\.)?"
+XQGAN_BACKBONES: Rules = (
     (r"(encoder|decoder)\.lvl_embed\.weight", r"\1.level_embed"),
     (r"decoder\.to_pixel\.model\.0\.linear\.(.*)", r"decoder.to_pixel.hidden.\1"),
     (r"decoder\.to_pixel\.model\.(?:1\.)?(?:linear\.)?(weight|bias)", r"decoder.to_pixel.projection.\1"),
-    (_PEFT + r"(.*)\.lora_A\.default\.weight", r"\1.network.\2.lora_a"),
-    (_PEFT + r"(.*)\.lora_B\.default\.weight", r"\1.network.\2.lora_b"),
-    (_PEFT + r"(.*)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)", r"\1.network.\2.\3"),
-    (_PEFT + r"(.*)", r"\1.network.\2"),
+    (_NETWORK + r"(.*)\.lora_A\.default\.weight", r"\1.network.\2.lora_a"),
+    (_NETWORK + r"(.*)\.lora_B\.default\.weight", r"\1.network.\2.lora_b"),
+    (_NETWORK + r"(.*)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)", r"\1.network.\2.\3"),
+    (_NETWORK + r"(.*)", r"\1.network.\2"),
 )
-# Frozen teachers, training-only layers and usage statistics: nothing a tokenizer needs to run
+XQGAN: Rules = (*XQGAN_SINGLE_GRID, *XQGAN_MULTI_SCALE, *XQGAN_BACKBONES)
+# Code magnitudes of LFQ, which follow from the options
+XQGAN_BINARY_IGNORED: Sequence[str] = (r"quantizes?\.(?:\d+\.)?scaler",)
+# Frozen teachers, training-only layers, usage statistics, and peft's untrained copies: nothing a tokenizer needs to run
 XQGAN_IGNORED: Sequence[str] = (
     r"semantic_model\..*",
     r"detail_model\..*",
@@ -35,16 +46,6 @@ XQGAN_IGNORED: Sequence[str] = (
     r"(?:encoder|decoder)\.lvl1LC",
     r".*\.original_module\.(?:weight|bias)",
 )
-
-# Multi-scale quantizers; to be put before the rules of single-grid ones, which hold for their codebooks
-XQGAN_MULTI_SCALE: Rules = (
-    (r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.0.phi.\1.\2"),
-    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.0.phi.0.\1"),
-    (r"quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.\1.phi.\2.\3"),
-    (r"quantizes\.(\d+)\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.\1.phi.0.\2"),
-)
-# Code magnitudes of LFQ, which follow from the options
-XQGAN_BINARY_IGNORED: Sequence[str] = (r"quantizes?\.(?:\d+\.)?scaler",)
 
 
 def rename(state: Mapping[str, Tensor], rules: Rules, ignored: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Tokenizers of XQ-GAN, ImageFolder and RobusTok (lxa9867/ImageFolder) from their published options and weights.
 
-Covered: ViT and CNN encoders and decoders in any pairing, VQ codebooks on a single grid, products of them, and
-backbones with LoRA adapters.
+ViT and CNN encoders and decoders in any pairing that the public code can build, VQ codebooks on a single grid or over
+several scales, LFQ and BSQ over several scales, products of them, and backbones with LoRA adapters.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 from tessera.errors import CheckpointError, ConfigError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo.export import build
-from tessera.zoo.keys import XQGAN, XQGAN_IGNORED, load_strictly, rename
+from tessera.zoo.keys import XQGAN, XQGAN_BINARY_IGNORED, XQGAN_IGNORED, load_strictly, rename
 
 _VQ16 = (1, 1, 2, 2, 4)
 Node = dict[str, Any]
@@ -79,27 +79,62 @@ def _vit(config: Mapping[str, Any], target: str, name: str, resolution: int) -> 
     }
 
 
-def _quantizer(config: Mapping[str, Any]) -> Node:
-    if len(config["v_patch_nums"]) != 1:
+def _codebook(config: Mapping[str, Any]) -> Node:
+    scales, size = len(config["v_patch_nums"]), config["codebook_size"]
+    normalize = config.get("codebook_l2_norm", True)
+    if not config.get("lfq"):
+        # the public code passes the choice of normalisation on to its single-grid quantizer only
+        kind = {"l2_normalize": normalize} if scales == 1 else {"l2_normalize": False, "search": "cosine"}
+        return {"_target_": "tessera.quantizers.VQCodebook", "_partial_": True, "codebook_size": size, **kind}
+    bits = config["codebook_embed_dim"]
+    if scales == 1:
+        raise ConfigError("lfq=true of the published config needs several scales in v_patch_nums")
+    if size != 2**bits:
         raise ConfigError(
-            f"v_patch_nums={list(config['v_patch_nums'])} of the published config is multi-scale, "
-            "which is not supported here; only a single grid is"
+            f"codebook_size={size} of the published config contradicts lfq=true, which has 2^codebook_embed_dim = "
+            f"{2**bits} codes"
         )
-    if config.get("lfq"):
-        raise ConfigError("lfq=true of the published config is not supported here; only VQ codebooks are")
-    codebook = {
-        "_target_": "tessera.quantizers.VQCodebook",
-        "_partial_": True,
-        "codebook_size": config["codebook_size"],
-        "l2_normalize": config.get("codebook_l2_norm", True),
-    }
+    name = "BSQCodebook" if normalize else "LFQCodebook"
+    return {"_target_": f"tessera.quantizers.{name}", "_partial_": True, "bits": bits}
+
+
+def _quantizer(config: Mapping[str, Any]) -> Node:
     branches = config.get("product_quant", 1)
+    branch: Node = {
+        "_target_": "tessera.quantizers.SingleGridQuantizer",
+        "_partial_": True,
+        "codebook": _codebook(config),
+    }
+    if len(config["v_patch_nums"]) > 1:
+        branch |= {
+            "_target_": "tessera.quantizers.MultiScaleQuantizer",
+            "grids": list(config["v_patch_nums"]),
+            "phi_convs": config.get("share_quant_resi", 4),
+            "phi_ratio": 0.5,
+        }
+        if config.get("lfq"):
+            branch["gain"] = config.get("scale", 1.0)
     return {
         "_target_": "tessera.quantizers.ProductQuantizer",
         "branches": branches,
         "dim": branches * config["codebook_embed_dim"],
-        "branch": {"_target_": "tessera.quantizers.SingleGridQuantizer", "_partial_": True, "codebook": codebook},
+        "branch": branch,
     }
+
+
+def _check_magnitudes(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """The stored magnitudes of binary codes must be those of the options."""
+    bits = config["codebook_embed_dim"]
+    unit = bits**-0.5 if config.get("codebook_l2_norm", True) else 1.0
+    expected = [unit * config.get("scale", 1.0) ** k for k in range(len(config["v_patch_nums"]))]
+    for key, value in weights.items():
+        if re.fullmatch(XQGAN_BINARY_IGNORED[0], key) and not (
+            value.numel() == len(expected) and value.allclose(value.new_tensor(expected), rtol=1e-4)
+        ):
+            raise CheckpointError(
+                f"the published checkpoint has code magnitudes {key}={value.tolist()}, but scale, codebook_embed_dim "
+                f"and codebook_l2_norm of its config give {expected}"
+            )
 
 
 def _tuning(config: Mapping[str, Any], weights: Mapping[str, Tensor], part: str) -> str | Node:
@@ -153,11 +188,12 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Tok
 
     Args:
         config: published names; read are codebook_size, codebook_embed_dim, codebook_l2_norm, v_patch_nums,
-            product_quant, num_latent_tokens, enc_type, dec_type, lfq; for a ViT encoder_model, decoder_model,
-            abs_pos_embed, image_size (256), patch_size (16), and where they differ from the model's name embed_dim,
-            depth, num_heads; for a CNN z_channels, encoder_ch_mult, decoder_ch_mult, dropout_p, and the constants of
-            the public classes ch (128), num_groups (32), num_res_blocks (2); lora.lora_alpha (8). The other published
-            options concern training and change nothing of a tokenizer.
+            product_quant, num_latent_tokens, share_quant_resi (4), lfq, scale (1), enc_type, dec_type. For a ViT:
+            encoder_model, decoder_model, abs_pos_embed, image_size (256), patch_size (16), and where they differ from
+            the model's name embed_dim, depth, num_heads. For a CNN: z_channels, encoder_ch_mult, decoder_ch_mult,
+            dropout_p, and the constants of the public classes ch (128), num_groups (32), num_res_blocks (2). For
+            adapters: lora.lora_alpha (8). The other published options concern training and change nothing of a
+            tokenizer.
         state_dict: published state dict, or the checkpoint around it (averaged weights are preferred).
 
     Returns:
@@ -172,6 +208,10 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Tok
     if not weights:
         raise CheckpointError("the published checkpoint holds no weights under ema, model or state_dict")
     tokenizer = build(node, "the published config")
-    load_strictly(tokenizer, rename(weights, XQGAN, XQGAN_IGNORED), "the published checkpoint")
+    ignored = XQGAN_IGNORED
+    if config.get("lfq"):
+        _check_magnitudes(config, weights)
+        ignored = (*ignored, *XQGAN_BINARY_IGNORED)
+    load_strictly(tokenizer, rename(weights, XQGAN, ignored), "the published checkpoint")
     tokenizer.architecture = node
     return tokenizer.eval()
