@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tessera.backbones.tuning import LoRA, tune
 from tessera.errors import ConfigError, DataError
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
@@ -42,6 +43,7 @@ class Tokenizer(nn.Module):
         resolution: side of the square images, in pixels.
         projection_kernel: side of the two convolutions between backbones and quantizer, odd; None: without them, which
             needs backbones of the quantizer's channels.
+        encoder_tuning, decoder_tuning: what of them trains: full, lora or frozen, or a `LoRA`; see `tune`.
 
     Attributes:
         grid: (h, w) of the latent.
@@ -57,6 +59,8 @@ class Tokenizer(nn.Module):
         decoder: nn.Module,
         resolution: int,
         projection_kernel: int | None = 1,
+        encoder_tuning: str | LoRA = "full",
+        decoder_tuning: str | LoRA = "full",
     ):
         super().__init__()
         self.resolution, self.grid = resolution, encoder.latent_grid(resolution)
@@ -72,6 +76,8 @@ class Tokenizer(nn.Module):
                 f"the encoder makes latents for {encoder.groups} branches, but quantizer.branches="
                 f"{quantizer.num_branches}; set backbone.encoder.groups to it, or to 1"
             )
+        tune(encoder, encoder_tuning, "tokenizer.encoder_tuning")
+        tune(decoder, decoder_tuning, "tokenizer.decoder_tuning")
         quantizer.bind_grid(self.grid)
         self.encoder = encoder
         self.quant_conv = _projection(
