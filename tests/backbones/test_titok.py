@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from golden_cases import assert_close
-from tessera.backbones import MaskGITDecoder, TiTokDecoder, TiTokEncoder, TiTokProxyDecoder
+from tessera.backbones import MaskGITDecoder, TiTokDecoder, TiTokEncoder, TiTokProxyDecoder, tune
 from tessera.backbones.titok_layers import Transformer
 from tessera.errors import ConfigError
+from tessera.optim import decayed_names
 from tessera.quantizers import ProductQuantizer, SingleGridQuantizer, VQCodebook
 from tessera.tokenizers import Tokenizer
 
@@ -169,3 +170,29 @@ def test_refuses_what_does_not_fit():
         proxy_decoder(patch_size=8)
     with pytest.raises(ConfigError, match=r"proxy_codebook_size=0"):
         TiTokProxyDecoder(**TINY, proxy_codebook_size=0, pixel_decoder=MaskGITDecoder(**PIXELS))
+
+
+def test_transformers_take_adapters_or_are_frozen():
+    """Tokens, positions and heads around a frozen transformer go on training."""
+    for mode in ("lora", "frozen"):
+        for backbone in (TiTokEncoder(**TINY), TiTokDecoder(**TINY)):
+            tune(backbone, mode, "tokenizer.encoder_tuning")
+            trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+            assert "latent_position_embedding" in trained and "transformer.blocks.0.attn.qkv.weight" not in trained
+            assert ("transformer.blocks.0.mlp.2.lora_a" in trained) == (mode == "lora")
+            assert ("transformer.blocks.0.attn.qkv.lora_b" in trained) == (mode == "lora")
+
+
+def test_published_weight_decay():
+    """The names that the published rule leaves out are left out under ours."""
+    with torch.device("meta"):
+        tokenizer = make(proxy_decoder)
+    decayed = decayed_names(tokenizer, "public")
+    free = {name for name, p in tokenizer.named_parameters() if p.ndim >= 2} - decayed
+    assert free == {
+        "encoder.class_embedding", "encoder.position_embedding", "encoder.latent_position_embedding",
+        "encoder.latent_tokens", "encoder.patch_embed.weight", "quantizer.branches.0.codebooks.0.embedding",
+        "post_quant_conv.weight", "decoder.class_embedding", "decoder.position_embedding", "decoder.mask_token",
+        "decoder.latent_position_embedding", "decoder.pixel_embedding",
+    }  # fmt: skip
+    assert {"quant_conv.weight", "decoder.head.0.weight", "encoder.transformer.blocks.0.mlp.0.weight"} <= decayed

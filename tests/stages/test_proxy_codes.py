@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +120,24 @@ def test_trained_parts_are_checked():
 def test_refusals(changes, message):
     with pytest.raises(ConfigError, match=message):
         stage(**{key: value() if callable(value) else value for key, value in changes.items()})
+
+
+def test_weight_decay_by_rule():
+    model = stage(decay_rule="public")
+    ((optimizer,), _) = configured(model)
+    decayed, free = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0.0
+    names = {id(p): name for name, p in model.tokenizer.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} | {names[id(p)] for p in free["params"]} == {
+        name for name, p in model.tokenizer.named_parameters() if p.requires_grad
+    }
+    assert "encoder.latent_tokens" in {names[id(p)] for p in free["params"]}
+    ((optimizer,), _) = configured(stage())
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ConfigError, match=r"stage\.decay_rule='none'"):
+        stage(decay_rule="none")
+
+
+def configured(model: ProxyCodeTraining):
+    model.trainer = trainer(Path(), 4)
+    return model.configure_optimizers()

@@ -35,7 +35,7 @@ def encoded(tokenizer: Tokenizer, file: Golden) -> dict[str, Any]:
     recorded(encoder.norm_in, seen, "encoder_after_ln_pre")
     recorded(encoder.blocks[0], seen, "encoder_block0_output_LND", lambda x: x.transpose(0, 1))
     recorded(decoder.norm_in, seen, "decoder_after_ln_pre")
-    recorded(decoder.norm_out, seen, "decoder_after_ln_post")
+    recorded(decoder.norm, seen, "decoder_after_ln_post")
     with torch.no_grad():
         output = tokenizer(file.input["image"] * 2 - 1)
         from_tokens = tokenizer.decode(tokenizer.quantizer.decode(output.tokens))

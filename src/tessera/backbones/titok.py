@@ -10,6 +10,8 @@ from tessera.backbones.titok_layers import Transformer, embedding, init_weights,
 from tessera.errors import ConfigError
 
 LAYOUTS = ("transposed", "reshaped")
+# the linear layers of the transformer that may have adapters
+LORA_TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\d)"
 
 
 def _patch_grid(key: str, resolution: int, patch_size: int, num_latent_tokens: int) -> int:
@@ -46,6 +48,8 @@ class TiTokEncoder(nn.Module):
         codebook's width is the tokenizer's `quant_conv`, which keeps torch's initialisation here.
     """
 
+    lora_targets = LORA_TARGETS
+
     def __init__(
         self,
         resolution: int,
@@ -79,6 +83,11 @@ class TiTokEncoder(nn.Module):
         self.latent_tokens = embedding(num_latent_tokens, width)
         self.latent_position_embedding = embedding(num_latent_tokens, width)
 
+    @property
+    def network(self) -> nn.Module:
+        """What `tune` freezes or adapts; tokens, positions and heads around it train in any mode."""
+        return self.transformer
+
     def extra_repr(self) -> str:
         """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
         return f"grid={self.grid}, latent_layout={self.latent_layout}"
@@ -108,6 +117,8 @@ class TiTokEncoder(nn.Module):
 class _TokenDecoder(nn.Module):
     """Latent (B, width, h, w) of h w = N tokens -> features of patches (B, width, g, g)."""
 
+    lora_targets = LORA_TARGETS
+
     def __init__(
         self,
         resolution: int,
@@ -128,6 +139,11 @@ class _TokenDecoder(nn.Module):
         self.mask_token = embedding(1, width)
         self.position_embedding = embedding(self.side**2 + 1, width)  # the class token's first
         self.latent_position_embedding = embedding(num_latent_tokens, width)
+
+    @property
+    def network(self) -> nn.Module:
+        """What `tune` freezes or adapts; tokens, positions and heads around it train in any mode."""
+        return self.transformer
 
     def resolution(self, grid: tuple[int, int]) -> int:
         """Side in pixels of the images made from a latent grid (h, w); ConfigError where it has not N cells."""

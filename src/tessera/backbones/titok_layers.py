@@ -65,11 +65,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """norm, blocks; the rows that are kept of the result pass `norm_out`."""
+    """norm, blocks; the rows that are kept of the result pass `norm`."""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
-        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_in, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
 
     def forward(self, x: Tensor, kept: slice) -> Tensor:
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         x = self.norm_in(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm_out(x[:, kept])
+        return self.norm(x[:, kept])
 
 
 def init_weights(module: nn.Module) -> None:

@@ -30,7 +30,8 @@ class ProxyCodeTraining(ReconstructionStage):
         teacher: single-grid tokenizer whose decoder has the pixel decoder's architecture: MaskGIT's VQGAN.
         optimizer, scheduler: factories, see `ReconstructionStage`.
         loss_weights: replaces some default weights, by name.
-        gradient_clip, accumulate_grad_batches, seed: see `Stage`.
+        decay_rule: see `ReconstructionStage`.
+        gradient_clip, accumulate_grad_batches, seed, loss_limit: see `Stage`.
 
     Raises:
         ConfigError: another decoder, or a teacher that doesn't fit it.
@@ -43,7 +44,7 @@ class ProxyCodeTraining(ReconstructionStage):
         **{
             name: weight
             for name, weight in TokenizerTraining.default_weights.items()
-            if name not in ReconstructionStage.default_weights
+            if name not in (*ReconstructionStage.default_weights, "dependency")
         },
     }
 
@@ -54,18 +55,22 @@ class ProxyCodeTraining(ReconstructionStage):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory,
         loss_weights: dict[str, float] | None = None,
+        decay_rule: str = "all",
         gradient_clip: float | None = None,
         accumulate_grad_batches: int = 1,
         seed: int = 0,
+        loss_limit: float = 1e8,
     ):
         super().__init__(
             tokenizer=tokenizer,
             optimizer=optimizer,
             scheduler=scheduler,
             loss_weights=loss_weights,
+            decay_rule=decay_rule,
             gradient_clip=gradient_clip,
             accumulate_grad_batches=accumulate_grad_batches,
             seed=seed,
+            loss_limit=loss_limit,
         )
         decoder = tokenizer.decoder
         if not isinstance(decoder, TiTokProxyDecoder):

@@ -22,7 +22,7 @@ _TRANSFORMER: Rules = (
     (r"(encoder|decoder)\.positional_embedding", r"\1.position_embedding"),
     (r"(encoder|decoder)\.latent_token_positional_embedding", r"\1.latent_position_embedding"),
     (r"(encoder|decoder)\.ln_pre\.(.*)", r"\1.transformer.norm_in.\2"),
-    (r"(encoder|decoder)\.ln_post\.(.*)", r"\1.transformer.norm_out.\2"),
+    (r"(encoder|decoder)\.ln_post\.(.*)", r"\1.transformer.norm.\2"),
     (r"(encoder|decoder)\.transformer\.(\d+)\.ln_([12])\.(.*)", r"\1.transformer.blocks.\2.norm\3.\4"),
     (r"(encoder|decoder)\.transformer\.(\d+)\.attn\.in_proj_(.*)", r"\1.transformer.blocks.\2.attn.qkv.\3"),
     (r"(encoder|decoder)\.transformer\.(\d+)\.attn\.out_proj\.(.*)", r"\1.transformer.blocks.\2.attn.proj.\3"),
