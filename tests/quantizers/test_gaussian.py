@@ -1,11 +1,14 @@
 """The continuous bottleneck: sampling, divergence, draws by sample, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from golden_cases import assert_close
 from tessera.backbones import TiTokDecoder, TiTokEncoder
+from tessera.callbacks import CodebookReport
 from tessera.errors import ConfigError
 from tessera.perturbation import NearestCodePerturbation
 from tessera.quantizers import GaussianBottleneck
@@ -83,14 +86,16 @@ def test_in_a_tokenizer():
 def test_whatever_needs_tokens_is_refused():
     model = tokenizer()
     images = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ConfigError, match=r"tokenize: .*quantizer=single"):
+    with pytest.raises(ConfigError, match=r"tokenizing is not possible.*quantizer=single.*callbacks=continuous"):
         model.tokenize(images)
     with pytest.raises(ConfigError, match="no tokens"):
         model.detokenize(torch.zeros(1, 1, 0, dtype=torch.int64))
     with pytest.raises(ConfigError, match="neighbours of codes"):
         model.quantizer.neighbors(model.encode(images), 1)
-    with pytest.raises(ConfigError, match="0 codes"):
+    with pytest.raises(ConfigError, match="counting codes"):
         NearestCodePerturbation(alpha=0.5, beta=0.5, delta=2).check(model.quantizer)
+    with pytest.raises(ConfigError, match="counting codes"):
+        CodebookReport().begin(None, SimpleNamespace(tokenizer=model, device="cpu"))
     with pytest.raises(ConfigError, match=r"quantizer\.dim=0"):
         GaussianBottleneck(0)
     with pytest.raises(ValueError, match="8 channels of moments"):

@@ -103,7 +103,7 @@ class PerturbedFID(FigureCallback):
             setting: FrechetDistance(self.extractor.num_features, sides=("fake",)).to(pl_module.device)
             for setting in settings
         }
-        self.changed = torch.zeros(len(settings), 2, dtype=torch.float64)
+        self.changed = torch.zeros(len(self.fakes), 2, dtype=torch.float64)  # small codebooks repeat deltas
 
     @torch.no_grad()
     def measure(

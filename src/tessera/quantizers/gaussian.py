@@ -32,7 +32,7 @@ class GaussianBottleneck(nn.Module):
         quantizer.py, whose noise comes from the CPU's generator instead of the samples' own.
     """
 
-    num_branches, codebook_size, num_tokens = 1, 0, 0
+    num_branches, num_tokens = 1, 0
 
     def __init__(self, dim: int):
         super().__init__()
@@ -96,18 +96,24 @@ class GaussianBottleneck(nn.Module):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ConfigError(
-            f"{what}: this tokenizer has a continuous bottleneck (quantizer._target_ is GaussianBottleneck) and no "
-            "tokens; choose a quantizer with a codebook, e.g. quantizer=single"
+            f"{what} is not possible: this tokenizer has a continuous bottleneck (quantizer=gaussian) and no tokens; "
+            "choose a quantizer with a codebook, e.g. quantizer=single, or leave out what needs codes "
+            "(callbacks=continuous, perturbation=none)"
         )
+
+    @property
+    def codebook_size(self) -> NoReturn:
+        """Refused: there are no codes."""
+        self._refuse("counting codes")
 
     def encode(self, z: Tensor) -> Tensor:
         """Refused: there are no tokens."""
-        self._refuse("tokenize")
+        self._refuse("tokenizing")
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Refused: there are no tokens."""
-        self._refuse("detokenize")
+        self._refuse("detokenizing")
 
     def neighbors(self, query: Tensor, k: int) -> Tensor:
         """Refused: there are no codes."""
-        self._refuse("neighbours of codes")
+        self._refuse("looking for neighbours of codes")
