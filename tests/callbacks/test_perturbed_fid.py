@@ -1,12 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
 
 from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
+from quantizer_cases import CODEBOOKS, STRUCTURES
 from tessera.callbacks import PerturbedFID, ReconstructionFID
 from tessera.callbacks.perturbed_fid import ALPHAS, scaled_deltas, site_draws
 from tessera.errors import ConfigError
 from tessera.metrics.fid import FrechetDistance
+from tessera.quantizers import ProductQuantizer
+from tessera.tokenizers import Tokenizer
 
 
 def run(batch_size=8, **options):
@@ -97,6 +102,26 @@ def test_draws_belong_to_the_sample():
     assert not torch.equal(*whole)
 
 
+def test_chosen_scales_are_hit_alone():
+    stage = stage_with()
+    values = {}
+    for scales in ([0], [2], [0, 1, 2], None):
+        callback = PerturbedFID(TinyFeatures(), deltas=[4], scales=scales)
+        validate([callback], stage)
+        values[str(scales)] = callback.figures[0]
+    shares = {name: figure.details["changed_share"]["a=0.8,d=4"] for name, figure in values.items()}
+    assert shares["[0]"] == pytest.approx(0.6 / 21, abs=0.02) and shares["[2]"] == pytest.approx(
+        0.6 * 16 / 21, abs=0.06
+    )
+    assert shares["[0, 1, 2]"] == shares["None"] and values["[0, 1, 2]"].value == values["None"].value
+    assert len({figure.value for figure in values.values()}) == 3
+    assert values["[2]"].label == "pFID[tiny]@N=23,K=17,delta={4},scales={2}"
+    assert "scales" not in values["None"].label
+    for scales in ([], [3], [-1]):
+        with pytest.raises(ConfigError, match=r"callbacks\.pfid\.scales=.*0 to 2"):
+            validate([PerturbedFID(TinyFeatures(), deltas=[4], scales=scales)], stage)
+
+
 def test_other_alphas_are_named():
     figure = run(alphas=[0.5], deltas=[4])
     assert figure.label == "pFID[tiny]@N=23,K=16,alpha={0.5},delta={4}"
@@ -106,6 +131,31 @@ def test_branches_are_perturbed_alike():
     callback = PerturbedFID(TinyFeatures(), deltas=[4])
     validate([callback], TinyStage(branches=2))
     assert callback.figures[0].details["changed_share"]["a=0.5,d=4"] == pytest.approx(0.375, abs=0.06)
+
+
+def stage_with(codebook="vq", structure="multiscale"):
+    """The tiny stage with another quantizer, of two branches."""
+    case, stage = CODEBOOKS[codebook], TinyStage()
+    grids = {"grids": [1, 2, 4]} if "multiscale" in structure else {}
+    branch = partial(STRUCTURES[structure], codebook=case.make, **grids)
+    tiny = stage.tokenizer
+    stage.tokenizer = Tokenizer(tiny.encoder, ProductQuantizer(branch, 2, 2 * case.dim), tiny.decoder, 16)
+    return stage
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_quantizer_can_be_perturbed(codebook, structure):
+    """delta = 1 is the control: rFID itself."""
+    stage = stage_with(codebook, structure)
+    callback = PerturbedFID(TinyFeatures(), deltas=[1, 4], alphas=[0.9])
+    validate([callback], stage)
+    figure = callback.figures[0]
+    assert figure.details["table"]["a=0.9,d=1"] == pytest.approx(figure.details["control_rfid"], rel=1e-12)
+    assert figure.details["changed_share"]["a=0.9,d=4"] == pytest.approx(0.9 * 3 / 4, abs=0.06)
+    rfid = ReconstructionFID(TinyFeatures())
+    validate([rfid], stage)
+    assert figure.details["control_rfid"] == pytest.approx(rfid.figures[0].value, rel=1e-3)
 
 
 @pytest.mark.parametrize(

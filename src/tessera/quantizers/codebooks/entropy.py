@@ -52,7 +52,7 @@ def bitwise_entropies(logits: Tensor, mask: Tensor | None = None) -> tuple[Tenso
 
 def _half(probabilities: Tensor) -> Tensor:
     """(N, c) probabilities of set bits -> (N, 2^c) of their combinations, bit 0 least significant."""
-    table = torch.ones_like(probabilities[:, :1])
+    table = probabilities.new_ones(len(probabilities), 1)
     for p in probabilities.unbind(1):
         p = p[:, None]
         table = torch.cat([table * (1 - p), table * p], dim=1)
