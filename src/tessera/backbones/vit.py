@@ -49,6 +49,8 @@ def timm_vit(name: str, pretrained: bool | str, key: str, **options: Any) -> nn.
                 "them, or false to start from random weights"
             )
         options["pretrained_cfg_overlay"] = {"file": pretrained}
+    if not pretrained:
+        options["weight_init"] = "jax"  # Xavier: timm's own standard deviation of 0.02 suits large widths only
     load = bool(pretrained) and torch.get_default_device().type != "meta"
     try:
         model = timm.create_model(name, pretrained=load, num_classes=0, **options)
