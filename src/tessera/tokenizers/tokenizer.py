@@ -135,6 +135,7 @@ class Tokenizer(nn.Module):
             losses=clean.losses,
             perturbed_share=share,
             depths=clean.depths,
+            z_q_clean=clean.z_q,
         )
 
     @property
