@@ -1,12 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
 
 from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
+from quantizer_cases import CODEBOOKS, STRUCTURES
 from tessera.callbacks import PerturbedFID, ReconstructionFID
 from tessera.callbacks.perturbed_fid import ALPHAS, scaled_deltas, site_draws
 from tessera.errors import ConfigError
 from tessera.metrics.fid import FrechetDistance
+from tessera.quantizers import ProductQuantizer
+from tessera.tokenizers import Tokenizer
 
 
 def run(batch_size=8, **options):
@@ -101,6 +106,25 @@ def test_branches_are_perturbed_alike():
     callback = PerturbedFID(TinyFeatures(), deltas=[4])
     validate([callback], TinyStage(branches=2))
     assert callback.figures[0].details["changed_share"]["a=0.5,d=4"] == pytest.approx(0.375, abs=0.06)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_quantizer_can_be_perturbed(codebook, structure):
+    """delta = 1 is the control: rFID itself."""
+    case, stage = CODEBOOKS[codebook], TinyStage()
+    grids = {"grids": [1, 2, 4]} if "multiscale" in structure else {}
+    branch = partial(STRUCTURES[structure], codebook=case.make, **grids)
+    tiny = stage.tokenizer
+    stage.tokenizer = Tokenizer(tiny.encoder, ProductQuantizer(branch, 2, 2 * case.dim), tiny.decoder, 16)
+    callback = PerturbedFID(TinyFeatures(), deltas=[1, 4], alphas=[0.9])
+    validate([callback], stage)
+    figure = callback.figures[0]
+    assert figure.details["table"]["a=0.9,d=1"] == pytest.approx(figure.details["control_rfid"], rel=1e-12)
+    assert figure.details["changed_share"]["a=0.9,d=4"] == pytest.approx(0.9 * 3 / 4, abs=0.06)
+    rfid = ReconstructionFID(TinyFeatures())
+    validate([rfid], stage)
+    assert figure.details["control_rfid"] == pytest.approx(rfid.figures[0].value, rel=1e-3)
 
 
 @pytest.mark.parametrize(

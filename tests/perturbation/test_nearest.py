@@ -17,7 +17,7 @@ from tessera.perturbation import (
     ranks,
     straight_through,
 )
-from tessera.quantizers import ProductQuantizer, SingleGridQuantizer, VQCodebook
+from tessera.quantizers import MultiScaleQuantizer, ProductQuantizer, SingleGridQuantizer, VQCodebook
 from tessera.rng import GeneratorRng, IndexedRng, SampleRng
 
 SIZE, GRID, DIM = 24, (3, 4), 8
@@ -316,3 +316,78 @@ def test_published_perturbation(case):
         grad_z, grad_codes = torch.autograd.grad(total, (z, embedding), retain_graph=True, allow_unused=True)
         assert_close(grad_z, file.output[f"s{i}.grad_z"])
         assert file.output[f"s{i}.grad_codebook_absmax"] == 0 and grad_codes is None
+
+
+def residual(codebook_size: int = SIZE, branches: int = 1, **options) -> ProductQuantizer:
+    """A multi-scale quantizer whose codes are spread like the residuals."""
+    codebook = partial(VQCodebook, codebook_size=codebook_size, l2_normalize=False)
+    branch = partial(MultiScaleQuantizer, codebook=codebook, grids=[1, 2, GRID], phi_ratio=0.0)
+    quantizer = ProductQuantizer(branch, branches=branches, dim=DIM, **options)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.normal_(std=0.7)
+    return quantizer
+
+
+class Chosen(Fixed):
+    """All images and given sites, always the neighbour of rank 2 of 4."""
+
+    def __init__(self, size: int, branches: int, tokens: int, sites: slice):
+        site = torch.ones(size, branches, tokens)
+        site[..., sites] = 0.0
+        super().__init__(image=torch.zeros(size), site=site, rank=torch.full((size, branches, tokens), 0.6))
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_closed_loop_encodes_what_the_wrong_codes_leave(branches):
+    quantizer = residual(branches=branches)
+    z, clean = batch(quantizer, 8)
+    first, later = slice(0, 1), slice(1, None)
+    draws = Chosen(8, branches, quantizer.num_tokens, first)
+    result = {
+        loop: NearestCodePerturbation(0.5, 1.0, 4, loop=loop)(quantizer, z, clean, progress=0.0, rng=draws)[0]
+        for loop in ("open", "closed")
+    }
+    wrong = quantizer.neighbors(z.detach(), 4)[..., first, 2]
+    for loop in result:
+        assert torch.equal(result[loop].tokens[..., first], wrong)
+        assert (result[loop].tokens[..., first] != clean.tokens[..., first]).all()
+    assert torch.equal(result["open"].tokens[..., later], clean.tokens[..., later])
+    # by hand: the residual of the wrong first scale, quantised on
+    for p, (branch, part) in enumerate(zip(quantizer.branches, z.detach().chunk(branches, dim=1), strict=True)):
+        rest = part - branch.partial_decode(
+            torch.cat([wrong[:, p], torch.zeros(8, quantizer.num_tokens - 1, dtype=torch.int64)], dim=1), 1
+        )
+        shrunk = F.adaptive_avg_pool2d(rest, 2).permute(0, 2, 3, 1).reshape(-1, DIM // branches)
+        second = branch.codebooks[0].assign(shrunk).view(8, 4)
+        assert torch.equal(result["closed"].tokens[:, p, 1:5], second)
+    errors = {loop: (result[loop].z_q - z).square().mean().item() for loop in result}
+    assert errors["closed"] < errors["open"], "later scales must repair"
+
+
+def test_the_loops_agree_where_only_the_last_scale_is_hit():
+    quantizer = residual()
+    z, clean = batch(quantizer, 8)
+    draws = Chosen(8, 1, quantizer.num_tokens, slice(5, None))
+    tokens = [
+        NearestCodePerturbation(0.5, 1.0, 4, loop=loop)(quantizer, z, clean, progress=0.0, rng=draws)[0].tokens
+        for loop in ("open", "closed")
+    ]
+    assert torch.equal(*tokens) and not torch.equal(tokens[0], clean.tokens)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_dropped_scales_stay_dropped(loop):
+    quantizer = residual(dropout=1.0)
+    quantizer.train()
+    z = torch.randn(6, DIM, *GRID, requires_grad=True)
+    clean = quantizer(z, rng())
+    assert len(clean.depths.unique()) > 1
+    output, _ = NearestCodePerturbation(0.7, 0.6, 5, loop=loop)(quantizer, z, clean, progress=0.0, rng=rng())
+    assert not torch.equal(output.tokens, clean.tokens)
+    assert_close(output.z_q, quantizer.decode(output.tokens, clean.depths), atol=1e-6)
+
+
+def test_refuses_an_unknown_loop():
+    with pytest.raises(ConfigError, match=r"perturbation\.loop='half'"):
+        NearestCodePerturbation(1.0, 0.1, 5, loop="half")

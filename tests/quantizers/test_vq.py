@@ -84,6 +84,46 @@ def test_works_on_bfloat16_under_autocast_with_float32_results():
     assert torch.equal(out.vectors, expected.vectors)
 
 
+def test_cosine_search_returns_the_codes_as_they_are():
+    codebook = VQCodebook(4, 23, l2_normalize=False, search="cosine")
+    with torch.no_grad():
+        codebook.embedding.mul_(torch.rand(23, 1) * 3 + 0.1)
+    x = torch.randn(40, 4)
+    expected = (F.normalize(x, dim=1) @ F.normalize(codebook.embedding, dim=1).t()).argmax(1)
+    out = codebook(x)
+    assert torch.equal(out.indices, expected)
+    assert torch.equal(codebook.assign(5 * x), expected)
+    assert not torch.equal(torch.cdist(x, codebook.embedding).argmin(1), expected)
+    assert_close(out.vectors, codebook.embedding[expected].detach())
+    assert torch.equal(codebook.lookup(expected), codebook.embedding[expected])
+    assert torch.equal(out.latents, x)
+    assert torch.equal(codebook.neighbors(x, 3)[:, 0], expected)
+    assert torch.equal(codebook.neighbors(expected, 3)[:, 0], expected)
+
+
+def test_mixture_of_codes():
+    weights = torch.rand(5, 7).softmax(1)
+    plain, unit = VQCodebook(3, 7, l2_normalize=False), VQCodebook(3, 7)
+    assert_close(plain.mix(weights), weights @ plain.embedding)
+    assert_close(unit.mix(weights), F.normalize(weights @ unit.embedding, dim=1))
+    assert_close(unit.mix(torch.eye(7)), unit.lookup(torch.arange(7)))
+
+
+@pytest.mark.parametrize("option", [{"search": "l2"}, {"update": "sgd"}])
+def test_refuses_unknown_choices(option):
+    (name, value), *_ = option.items()
+    with pytest.raises(ConfigError, match=rf"quantizer\.branch\.codebook\.{name}='{value}'"):
+        VQCodebook(4, 8, **option)
+
+
+def test_settings_that_decide_tokens_are_in_the_text_that_is_hashed():
+    texts = {
+        VQCodebook(4, 8, **options).extra_repr()
+        for options in ({}, {"l2_normalize": False}, {"l2_normalize": False, "search": "cosine"})
+    }
+    assert len(texts) == 3
+
+
 @pytest.mark.parametrize("name", ["codebook_size", "chunk_size"])
 def test_refuses_sizes_below_one(name):
     with pytest.raises(ConfigError, match=rf"quantizer\.branch\.codebook\.{name}=0"):

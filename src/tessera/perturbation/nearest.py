@@ -11,9 +11,11 @@ from tessera.errors import ConfigError
 from tessera.perturbation.schedule import annealed_count
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
+from tessera.quantizers.structure import ScaleTokens
 from tessera.rng import SampleRng, as_sample_rng, integers
 
 NeighborsOf = Literal["latent", "code"]
+Loop = Literal["open", "closed"]
 Schedule = Callable[[float], float]
 
 
@@ -45,7 +47,9 @@ def ranks(rank_uniform: Tensor, delta: int) -> Tensor:
     return integers(rank_uniform, delta)
 
 
-def straight_through(quantizer: ProductQuantizer, latent: Tensor, tokens: Tensor) -> Tensor:
+def straight_through(
+    quantizer: ProductQuantizer, latent: Tensor, tokens: Tensor, depths: Tensor | None = None
+) -> Tensor:
     """Quantised latent of `tokens` whose gradient goes to `latent` as identity.
 
     z_q = latent + sg(decode(tokens) - latent)
@@ -53,11 +57,12 @@ def straight_through(quantizer: ProductQuantizer, latent: Tensor, tokens: Tensor
     Args:
         latent: (B, C, h, w) float, `QuantizerOutput.latent`.
         tokens: (B, P, L) int64.
+        depths: (B,) int64, scales that quantizer dropout left; None: all.
 
     Returns:
         (B, C, h, w) float; no gradient reaches the codebook.
     """
-    return latent + (quantizer.decode(tokens).detach() - latent).detach()
+    return latent + (quantizer.decode(tokens, depths).detach() - latent).detach()
 
 
 class NearestCodePerturbation:
@@ -77,9 +82,12 @@ class NearestCodePerturbation:
         neighbors_of: "latent" (codes nearest to the latent, as in the public code) or "code" (nearest to the
             assigned code, the paper's eq. 4).
         delta_schedule: replaces `schedule` for delta; None: the same.
+        loop: of structures with several scales. "open": all scales are encoded first, then tokens replaced, so that
+            errors stay, as those of a generator do; "closed": after each scale, so that later scales encode what the
+            wrong sum leaves and can repair it. The same for a single grid.
 
     Raises:
-        ConfigError: a value out of range, or an unknown neighbors_of.
+        ConfigError: a value out of range, or an unknown neighbors_of or loop.
 
     Source: RobusTok (arXiv 2509.12474), section on latent perturbation, and `latent_perturbation.py` of
         qiuk2/RobusTok, which re-draws where u <= alpha; here u < alpha, so that alpha = 0 never perturbs.
@@ -93,6 +101,7 @@ class NearestCodePerturbation:
         schedule: Schedule | None = None,
         neighbors_of: NeighborsOf = "latent",
         delta_schedule: Schedule | None = None,
+        loop: Loop = "open",
     ):
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0.0 <= value <= 1.0:
@@ -103,6 +112,9 @@ class NearestCodePerturbation:
             )
         if neighbors_of not in ("latent", "code"):
             raise ConfigError(f"perturbation.neighbors_of={neighbors_of!r} is unknown; choose latent or code")
+        if loop not in ("open", "closed"):
+            raise ConfigError(f"perturbation.loop={loop!r} is unknown; choose open or closed")
+        self.loop = loop
         self.alpha, self.beta, self.delta = float(alpha), float(beta), int(delta)
         self.schedule, self.delta_schedule = schedule, delta_schedule or schedule
         self.neighbors_of = neighbors_of
@@ -141,7 +153,7 @@ class NearestCodePerturbation:
         """`perturb_tokens` with the neighbours this strategy takes.
 
         Args:
-            z: (B, C, h, w) latent before quantisation; read for neighbors_of="latent".
+            z: (B, C, h, w) latent before quantisation; read for neighbors_of="latent" and in a closed loop.
             tokens: (B, P, L) int64 clean tokens.
             site: (B, P, L) uniform draws that select sites.
             rank: (B, P, L) int64 in [0, delta).
@@ -149,6 +161,15 @@ class NearestCodePerturbation:
         Returns:
             (B, P, L) int64.
         """
+        if self.loop == "closed" and len(quantizer.grids) > 1:
+
+            def edit(branch: int, scale: ScaleTokens) -> Tensor:
+                nearest = scale.neighbors(self.neighbors_of, delta)
+                return perturb_tokens(
+                    scale.tokens, nearest, site[:, branch, scale.sites], rank[:, branch, scale.sites], alpha
+                )
+
+            return quantizer.encode(z, edit)
         neighbors = quantizer.neighbors(z if self.neighbors_of == "latent" else tokens, delta)
         return perturb_tokens(tokens, neighbors, site, rank, alpha)
 
@@ -192,7 +213,8 @@ class NearestCodePerturbation:
         if not len(images):
             return output, share
         replaced = self.replace_tokens(quantizer, z[images], tokens[images], site[images], rank[images], alpha, delta)
-        z_q = straight_through(quantizer, output.latent[images], replaced)
+        depths = None if output.depths is None else output.depths[images]
+        z_q = straight_through(quantizer, output.latent[images], replaced, depths)
         return (
             replace(
                 output,

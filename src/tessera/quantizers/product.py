@@ -1,13 +1,14 @@
 """Product of branches: the outermost quantizer, which a tokenizer holds. One branch is the plain case."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError, DataError
 from tessera.quantizers.output import QuantizerOutput
-from tessera.quantizers.structure import Grid, Structure
+from tessera.quantizers.structure import Grid, ScaleTokens, Structure
 from tessera.rng import SampleRng, as_sample_rng, integers
 
 
@@ -19,7 +20,7 @@ class ProductQuantizer(nn.Module):
     Args:
         branch: factory of a structure, called with `dim` = dim / branches.
         branches: P.
-        dim: C, channels of all branches together.
+        dim: C, channels of all branches together; None: as many as the branches' codebooks imply.
         dropout: share of the training images whose decoded latent sums only the first scales.
         dropout_start: least number of scales kept; the depth is uniform in [dropout_start, scales], one draw per image
             for all branches.
@@ -35,7 +36,7 @@ class ProductQuantizer(nn.Module):
         self,
         branch: Callable[..., Structure],
         branches: int,
-        dim: int,
+        dim: int | None,
         dropout: float = 0.0,
         dropout_start: int = 1,
     ):
@@ -45,15 +46,16 @@ class ProductQuantizer(nn.Module):
         if dropout_start < 1:
             raise ConfigError(f"quantizer.dropout_start={dropout_start} must be at least 1, the first scale")
         self.dropout, self.dropout_start = dropout, dropout_start
-        if branches < 1 or dim < 1:
+        if branches < 1 or (dim is not None and dim < 1):
             raise ConfigError(f"quantizer.branches={branches} and quantizer.dim={dim} must be at least 1")
-        if dim % branches:
+        if dim is not None and dim % branches:
             raise ConfigError(
                 f"quantizer.branches={branches} does not divide quantizer.dim={dim}; choose quantizer.dim as "
                 "branches times the channels of one branch"
             )
-        self.dim = dim
-        self.branches = nn.ModuleList([branch(dim=dim // branches) for _ in range(branches)])
+        each = None if dim is None else dim // branches
+        self.branches = nn.ModuleList([branch(dim=each) for _ in range(branches)])
+        self.dim = sum(branch.dim for branch in self.branches)
 
     @property
     def num_branches(self) -> int:
@@ -120,16 +122,22 @@ class ProductQuantizer(nn.Module):
             depths=depths,
         )
 
-    def encode(self, z: Tensor) -> Tensor:
-        """Tokens (B, P, L) int64 of z (B, C, h, w); no gradient."""
-        parts = zip(self.branches, self._split(z), strict=True)
-        return torch.stack([branch.encode(part) for branch, part in parts], dim=1)
+    def encode(self, z: Tensor, edit: Callable[[int, ScaleTokens], Tensor] | None = None) -> Tensor:
+        """Tokens (B, P, L) int64 of z (B, C, h, w); no gradient.
 
-    def decode(self, tokens: Tensor) -> Tensor:
+        Args:
+            edit: (branch, tokens of a scale) -> (B, n) tokens to take instead; later scales encode what these leave.
+        """
+        edits = [None if edit is None else partial(edit, p) for p in range(self.num_branches)]
+        parts = zip(self.branches, self._split(z), edits, strict=True)
+        return torch.stack([branch.encode(part, own) for branch, part, own in parts], dim=1)
+
+    def decode(self, tokens: Tensor, depths: Tensor | None = None) -> Tensor:
         """Quantised latent of tokens.
 
         Args:
             tokens: (B, P, L) integer in [0, K).
+            depths: (B,) int64, scales to sum; None: all.
 
         Returns:
             (B, C, h, w) float32; differentiable in the codebooks only.
@@ -139,7 +147,58 @@ class ProductQuantizer(nn.Module):
         """
         self._check_tokens(tokens)
         tokens = tokens.long()
-        return torch.cat([branch.decode(tokens[:, p]) for p, branch in enumerate(self.branches)], dim=1)
+        return self._joined(lambda branch, p: branch.decode(tokens[:, p], depths))
+
+    def _joined(self, part: Callable[[Structure, int], Tensor], dim: int = 1) -> Tensor:
+        """Results of the branches side by side on the channel axis."""
+        return torch.cat([part(branch, p) for p, branch in enumerate(self.branches)], dim=dim)
+
+    def partial_decode(self, tokens: Tensor, scales: int) -> Tensor:
+        """Quantised latent (B, C, h, w) of the first `scales` scales of tokens (B, P, L)."""
+        self._check_tokens(tokens)
+        tokens = tokens.long()
+        return self._joined(lambda branch, p: branch.partial_decode(tokens[:, p], scales))
+
+    def next_scale_input(self, tokens: Tensor) -> Tensor:
+        """Teacher-forcing input of a next-scale generator.
+
+        Position by position the sum of all earlier scales, shrunk to the size of the scale that is to be predicted.
+
+        Args:
+            tokens: (B, P, L) integer in [0, K).
+
+        Returns:
+            (B, L - l_0, C) float32, channels of branch 0 first; l_0: tokens of the first scale, which has no input.
+
+        Raises:
+            ConfigError: the structure has a single grid.
+            DataError: see `decode`.
+
+        Source: VAR (arXiv:2404.02905); for P branches, `idxBl_to_var_input` of lxa9867/ImageFolder.
+        """
+        self._check_tokens(tokens)
+        tokens = tokens.long()
+        return self._joined(lambda branch, p: branch.next_scale_input(tokens[:, p]), dim=2)
+
+    def embed(self, tokens: Tensor, scale: int) -> Tensor:
+        """Code vectors (B, n, C) float32 of the tokens (B, P, n) of one scale, channels of branch 0 first."""
+        return self._joined(lambda branch, p: branch.embed(tokens[:, p], scale), dim=2)
+
+    def advance(self, latent: Tensor, vectors: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """One step of next-scale generation; over all scales it gives what `next_scale_input` and `decode` give.
+
+        Args:
+            latent: (B, C, h, w) float, sum of the earlier scales; zeros before the first. Not modified.
+            vectors: (B, n, C) float, `embed` of the scale's tokens (or a mixture of codes).
+            scale: from 0.
+
+        Returns:
+            The new sum (B, C, h, w) float32, and the generator's input (B, n', C) for the next scale; None after the
+            last.
+        """
+        parts = zip(self.branches, self._split(latent), vectors.chunk(self.num_branches, dim=2), strict=True)
+        sums, inputs = zip(*(branch.advance(old, new, scale) for branch, old, new in parts), strict=True)
+        return torch.cat(sums, dim=1), None if inputs[0] is None else torch.cat(inputs, dim=2)
 
     def neighbors(self, query: Tensor, k: int) -> Tensor:
         """Nearest codes of every token site.

@@ -2,7 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError
@@ -18,6 +21,32 @@ def as_grid(grid: int | Sequence[int], key: str) -> Grid:
     if len(pair) != 2 or min(pair) < 1:
         raise ConfigError(f"{key}={grid!r} is no grid; give (height, width), both at least 1, or one number")
     return pair
+
+
+@dataclass
+class ScaleTokens:
+    """Tokens of one scale while a latent is being encoded.
+
+    Attributes:
+        sites: where the scale lies among the L tokens.
+        tokens: (B, n) int64 assigned codes.
+        codebook: that assigned them.
+        points: (B n, D) float; what was compared with the codes.
+    """
+
+    sites: slice
+    tokens: Tensor
+    codebook: Codebook
+    points: Tensor
+
+    def neighbors(self, of: Literal["latent", "code"], k: int) -> Tensor:
+        """(B, n, k) int64: the codes nearest to the points, or to the assigned codes."""
+        query = self.points if of == "latent" else self.tokens.reshape(-1)
+        return self.codebook.neighbors(query, k).view(*self.tokens.shape, k)
+
+
+# Replaces tokens of a scale before the next one is encoded: ScaleTokens -> (B, n) int64
+Edit = Callable[[ScaleTokens], Tensor]
 
 
 class Structure(nn.Module, ABC):
@@ -50,23 +79,58 @@ class Structure(nn.Module, ABC):
         """Quantise z (B, D, h, w); tokens are (B, 1, L). With depths (B,) int64, z_q sums only so many scales."""
 
     @abstractmethod
-    def encode(self, z: Tensor) -> Tensor:
-        """Tokens (B, L) int64 of z (B, D, h, w); no gradient."""
+    def encode(self, z: Tensor, edit: Edit | None = None) -> Tensor:
+        """Tokens (B, L) int64 of z (B, D, h, w); no gradient. Later scales see what `edit` made of earlier ones."""
 
     @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Quantised latent (B, D, h, w) float of tokens (B, L)."""
+    def decode(self, tokens: Tensor, depths: Tensor | None = None) -> Tensor:
+        """Quantised latent (B, D, h, w) float of tokens (B, L), summed over the first `depths` (B,) int64 scales."""
 
     @abstractmethod
     def neighbors(self, query: Tensor, k: int) -> Tensor:
         """(B, L, k) int64: the k codes nearest to z (B, D, h, w) float, or to tokens (B, L) int64."""
+
+    def partial_decode(self, tokens: Tensor, scales: int) -> Tensor:
+        """Quantised latent (B, D, h, w) of the first `scales` scales of tokens (B, L)."""
+        raise self._no_scales()
+
+    def next_scale_input(self, tokens: Tensor) -> Tensor:
+        """What a next-scale generator reads: the sum of all earlier scales at the size of each scale but the first.
+
+        Returns:
+            (B, L - l_0, D) float; l_0: tokens of the first scale.
+        """
+        raise self._no_scales()
+
+    def embed(self, tokens: Tensor, scale: int) -> Tensor:
+        """Code vectors (B, n, D) float of the tokens (B, n) of one scale."""
+        raise self._no_scales()
+
+    def advance(self, latent: Tensor, vectors: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """One step of next-scale generation: add a scale's codes to the running sum.
+
+        Args:
+            latent: (B, D, h, w) float, sum of the earlier scales; zeros before the first. Not modified.
+            vectors: (B, n, D) float, `embed` of the scale's tokens (or a mixture of codes).
+            scale: from 0.
+
+        Returns:
+            The new sum (B, D, h, w), and the generator's input (B, n', D) for the next scale; None after the last.
+        """
+        raise self._no_scales()
+
+    def _no_scales(self) -> ConfigError:
+        return ConfigError(
+            f"{type(self).__name__} has a single grid, but next-scale generation needs several; choose "
+            "quantizer=multiscale or another generator"
+        )
 
 
 class SingleGridQuantizer(Structure):
     """One code per cell of the latent grid, row by row.
 
     Args:
-        dim: channels of the latent.
+        dim: channels of the latent; None: those that the codebook implies.
         codebook: factory called with `dim`.
         grid: (height, width), one number for a square, or None: given later by `bind_grid`.
 
@@ -74,10 +138,10 @@ class SingleGridQuantizer(Structure):
         ConfigError: impossible grid.
     """
 
-    def __init__(self, dim: int, codebook: Callable[..., Codebook], grid: Sequence[int] | int | None = None):
+    def __init__(self, dim: int | None, codebook: Callable[..., Codebook], grid: Sequence[int] | int | None = None):
         super().__init__()
-        self.dim = dim
         self.codebooks = nn.ModuleList([codebook(dim=dim)])
+        self.dim = self.codebooks[0].dim
         self._grid = None if grid is None else as_grid(grid, "quantizer.branch.grid")
 
     @property
@@ -123,13 +187,19 @@ class SingleGridQuantizer(Structure):
             depths=depths,
         )
 
-    def encode(self, z: Tensor) -> Tensor:
-        return self.codebooks[0].assign(self._rows(z)).view(z.shape[0], -1)
+    def encode(self, z: Tensor, edit: Edit | None = None) -> Tensor:
+        codebook, rows = self.codebooks[0], self._points(z)
+        tokens = codebook.assign(rows).view(z.shape[0], -1)
+        return tokens if edit is None else edit(ScaleTokens(slice(None), tokens, codebook, rows))
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, depths: Tensor | None = None) -> Tensor:
         vectors = self.codebooks[0].lookup(tokens.reshape(-1))
         return self._map(vectors, (tokens.shape[0], *self.grids[0]))
 
     def neighbors(self, query: Tensor, k: int) -> Tensor:
-        rows = self._rows(query) if query.is_floating_point() else query.reshape(-1)
+        rows = self._points(query) if query.is_floating_point() else query.reshape(-1)
         return self.codebooks[0].neighbors(rows, k).view(query.shape[0], -1, k)
+
+    def _points(self, z: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return self.codebooks[0].project(self._rows(z))

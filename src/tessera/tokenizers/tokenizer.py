@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tessera.backbones.tuning import LoRA, tune
 from tessera.errors import ConfigError, DataError
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
@@ -26,6 +27,7 @@ class Tokenizer(nn.Module):
         decoder: module with `in_channels`, `last_layer` and `resolution(grid)`; (B, in_channels, h, w) ->
             (B, 3, H, W).
         resolution: side of the square images, in pixels.
+        encoder_tuning, decoder_tuning: what of them trains: full, lora or frozen, or a `LoRA`; see `tune`.
 
     Attributes:
         grid: (h, w) of the latent.
@@ -34,7 +36,15 @@ class Tokenizer(nn.Module):
         ConfigError: a resolution that the encoder can't take, or parts that do not fit each other.
     """
 
-    def __init__(self, encoder: nn.Module, quantizer: ProductQuantizer, decoder: nn.Module, resolution: int):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        quantizer: ProductQuantizer,
+        decoder: nn.Module,
+        resolution: int,
+        encoder_tuning: str | LoRA = "full",
+        decoder_tuning: str | LoRA = "full",
+    ):
         super().__init__()
         self.resolution, self.grid = resolution, encoder.latent_grid(resolution)
         made = decoder.resolution(self.grid)
@@ -49,6 +59,8 @@ class Tokenizer(nn.Module):
                 f"the encoder makes latents for {encoder.groups} branches, but quantizer.branches="
                 f"{quantizer.num_branches}; set backbone.encoder.groups to it, or to 1"
             )
+        tune(encoder, encoder_tuning, "tokenizer.encoder_tuning")
+        tune(decoder, decoder_tuning, "tokenizer.decoder_tuning")
         quantizer.bind_grid(self.grid)
         self.encoder = encoder
         self.quant_conv = nn.Conv2d(encoder.out_channels, quantizer.dim // encoder.groups, 1)

@@ -16,15 +16,35 @@ Rules = Sequence[tuple[str, str]]
 XQGAN_SINGLE_GRID: Rules = (
     (r"quantize\.embedding\.weight", r"quantizer.branches.0.codebooks.0.embedding"),
     (r"quantizes\.(\d+)\.embedding\.weight", r"quantizer.branches.\1.codebooks.0.embedding"),
-    (r"((?:encoder|decoder|quant_conv|post_quant_conv)\..*)", r"\1"),
 )
-# Frozen teachers, training-only layers and usage statistics: nothing a tokenizer needs to run
+XQGAN_MULTI_SCALE: Rules = (
+    (r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.0.phi.\1.\2"),
+    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.0.phi.0.\1"),
+    (r"quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.\1.phi.\2.\3"),
+    (r"quantizes\.(\d+)\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.\1.phi.0.\2"),
+)
+# peft wraps a network as base_model.model, a target layer as base_layer, and copies layers that train in full
+_NETWORK = r"(encoder|decoder)\.model\.(?:base_model\.model\.)?"
+XQGAN_BACKBONES: Rules = (
+    (r"(encoder|decoder)\.lvl_embed\.weight", r"\1.level_embed"),
+    (r"decoder\.to_pixel\.model\.0\.linear\.(.*)", r"decoder.to_pixel.hidden.\1"),
+    (r"decoder\.to_pixel\.model\.(?:1\.)?(?:linear\.)?(weight|bias)", r"decoder.to_pixel.projection.\1"),
+    (_NETWORK + r"(.*)\.lora_A\.default\.weight", r"\1.network.\2.lora_a"),
+    (_NETWORK + r"(.*)\.lora_B\.default\.weight", r"\1.network.\2.lora_b"),
+    (_NETWORK + r"(.*)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)", r"\1.network.\2.\3"),
+    (_NETWORK + r"(.*)", r"\1.network.\2"),
+)
+XQGAN: Rules = (*XQGAN_SINGLE_GRID, *XQGAN_MULTI_SCALE, *XQGAN_BACKBONES)
+# Code magnitudes of LFQ, which follow from the options
+XQGAN_BINARY_IGNORED: Sequence[str] = (r"quantizes?\.(?:\d+\.)?scaler",)
+# Frozen teachers, training-only layers, usage statistics, and peft's untrained copies: nothing a tokenizer needs to run
 XQGAN_IGNORED: Sequence[str] = (
     r"semantic_model\..*",
     r"detail_model\..*",
     r"sem_linear\..*",
     r".*\.ema_vocab_hit_SV",
     r"(?:encoder|decoder)\.lvl1LC",
+    r".*\.original_module\.(?:weight|bias)",
 )
 
 

@@ -1,6 +1,8 @@
 """What every codebook (quantizer of single vectors) offers to the structures built on it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -10,18 +12,33 @@ from tessera.quantizers.output import CodebookOutput
 class Codebook(nn.Module, ABC):
     """K vectors of dimension D, held or implied.
 
+    A structure of one grid calls `forward`. One that sums codes over scales calls the parts: `project` once for the
+    latent, then at each scale `assign` and `lookup` on the residual, and `penalties` and `observe` beside them.
+
     Attributes:
         codebook_size: K.
         dim: D.
+        carries_gradient: whether the decoder's gradient reaches the codes and the latent through `forward`'s vectors
+            themselves, so that no straight-through may be laid around a sum of them.
     """
+
+    carries_gradient: ClassVar[bool] = False
 
     def __init__(self, dim: int, codebook_size: int):
         super().__init__()
         self.dim, self.codebook_size = dim, codebook_size
 
+    def project(self, x: Tensor) -> Tensor:
+        """Latents (N, D) of any precision -> float32 points of the space that the codes lie in; differentiable."""
+        return x.float()
+
     @abstractmethod
     def assign(self, x: Tensor) -> Tensor:
-        """Indices (N,) int64 in [0, K) of the codes that x (N, D) is quantised to; no gradient."""
+        """Indices (N,) int64 in [0, K) of the codes nearest to points x (N, D); no gradient."""
+
+    def assigner(self) -> Callable[[Tensor], Tensor]:
+        """`assign` for several calls between which the codes do not change; may prepare them once."""
+        return self.assign
 
     @abstractmethod
     def lookup(self, indices: Tensor) -> Tensor:
@@ -29,8 +46,24 @@ class Codebook(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> CodebookOutput:
-        """Quantise x (N, D) with straight-through gradient and unweighted losses."""
+        """Quantise latents x (N, D) with straight-through gradient and unweighted losses."""
 
     @abstractmethod
     def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """Nearest codes of vectors (float (N, D)) or of codes (int64 (N,)); (N, k) int64, nearest first."""
+        """Codes nearest to points (float (N, D)) or to codes (int64 (N,)); (N, k) int64, nearest first."""
+
+    def penalties(self, x: Tensor, mask: Tensor | None = None, gain: float = 1.0) -> dict[str, Tensor]:
+        """Named losses of points beyond those of the distance to their codes, e.g. entropies; none by default.
+
+        Args:
+            x: (N, D) float points, with gradient.
+            mask: (N,) bool; rows that are False are left out.
+            gain: factor by which the structure multiplies the codes at this scale.
+        """
+        return {}
+
+    def observe(self, x: Tensor, indices: Tensor) -> None:
+        """Update what is not learned by gradient from points x (N, D) and their codes (N,); training only.
+
+        Called once per training forward pass, after all lookups. All ranks must call it.
+        """
