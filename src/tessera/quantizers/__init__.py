@@ -5,10 +5,12 @@ from tessera.quantizers.codebooks import (
     ClusteringRevival,
     Codebook,
     FSQCodebook,
+    IBQCodebook,
     LFQCodebook,
     RandomRevival,
     VQCodebook,
 )
+from tessera.quantizers.gaussian import GaussianBottleneck
 from tessera.quantizers.multiscale import MultiScaleQuantizer, ResidualQuantizer
 from tessera.quantizers.output import CodebookOutput, QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
@@ -21,6 +23,8 @@ __all__ = [
     "Codebook",
     "CodebookOutput",
     "FSQCodebook",
+    "GaussianBottleneck",
+    "IBQCodebook",
     "LFQCodebook",
     "MultiScaleQuantizer",
     "ProductQuantizer",

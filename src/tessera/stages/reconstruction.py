@@ -4,11 +4,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tessera.discriminators import DiffAug
 from tessera.errors import ConfigError
 from tessera.frozen import Unregistered
 from tessera.losses import AdversarialLoss, LeCam, balanced_gradient, pixel_loss
+from tessera.optim import decayed_names
 from tessera.rng import IndexedRng
 from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, merged_weights
 from tessera.tokenizers import Tokenizer
@@ -38,6 +40,8 @@ class ReconstructionStage(Stage):
         loss_weights: replaces some of the stage's default weights, by name. `adversarial` is the generator's term,
             `discriminator` all of the discriminator's loss, in which `lecam` multiplies the regulariser.
         use_adaptive_weight: multiply the adversarial weight by the ratio of gradient norms at the last layer.
+        decay_rule: which parameters the optimizers' `weight_decay` applies to: all, public or explicit; see
+            `decayed_names`.
         gradient_clip, accumulate_grad_batches, seed, loss_limit: see `Stage`.
     """
 
@@ -64,6 +68,7 @@ class ReconstructionStage(Stage):
         reconstruction_loss: str = "mse",
         loss_weights: dict[str, float] | None = None,
         use_adaptive_weight: bool = True,
+        decay_rule: str = "all",
         gradient_clip: float | None = None,
         accumulate_grad_batches: int = 1,
         seed: int = 0,
@@ -78,7 +83,8 @@ class ReconstructionStage(Stage):
         self.adversarial = adversarial or AdversarialLoss()
         self.pixel_loss = pixel_loss(reconstruction_loss)
         self.weights = merged_weights(self.default_weights, loss_weights)
-        self.use_adaptive_weight = use_adaptive_weight
+        self.use_adaptive_weight, self.decay_rule = use_adaptive_weight, decay_rule
+        decayed_names(tokenizer, decay_rule)  # refuses an unknown rule
         self.augment = discriminator_augment
         self.lecam = (lecam or LeCam()) if discriminator is not None else None
         if discriminator is not None and tokenizer.resolution < getattr(discriminator, "min_size", 0):
@@ -100,11 +106,26 @@ class ReconstructionStage(Stage):
         """Optimizer steps of the discriminator over the whole training."""
         return self.total_steps - self.first_discriminator_step
 
+    def _optimizer(self, factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
+        """An optimizer of these parameters, with weight decay for those that `decay_rule` says."""
+        optimizer = factory(parameters)
+        decay = optimizer.defaults.get("weight_decay", 0.0)
+        if self.decay_rule == "all" or not decay:
+            return optimizer
+        names = decayed_names(self, self.decay_rule)
+        decayed = {id(parameter) for name, parameter in self.named_parameters() if name in names}
+        groups = [
+            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        ]
+        return factory([group for group in groups if group["params"]])
+
     def configure_optimizers(self) -> Any:
-        optimizers = [self.optimizer_factory(self.trained_parameters())]
+        optimizers = [self._optimizer(self.optimizer_factory, self.trained_parameters())]
         schedulers = [self.scheduler_factory(optimizers[0], self.total_steps)]
         if self.discriminator is not None:
-            optimizers.append(self.discriminator_optimizer_factory(self.discriminator.parameters()))
+            parameters = list(self.discriminator.parameters())
+            optimizers.append(self._optimizer(self.discriminator_optimizer_factory, parameters))
             schedulers.append(
                 self.discriminator_scheduler_factory(optimizers[1], self.discriminator_steps() or self.total_steps)
             )

@@ -1,7 +1,7 @@
 """Tokenizer main-training."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class TokenizerTraining(ReconstructionStage):
         discriminator_start: fraction of training from which the discriminator takes part; nothing of it runs before.
         discriminator_start_steps: the same as a number of steps; replaces the fraction.
         discriminator_first: update the discriminator before the generator is judged by it, as IBQ does.
+        trained_parts: modules of the tokenizer that are trained: encoder, quant_conv, quantizer, post_quant_conv,
+            decoder. The others are frozen and stay in eval mode. None: all are trained. [post_quant_conv, decoder]
+            fine-tunes a decoder without touching the tokens (TiTok's stage 2).
         **shared: see `ReconstructionStage`.
 
     Raises:
@@ -59,6 +62,7 @@ class TokenizerTraining(ReconstructionStage):
         discriminator_start: float = 0.0,
         discriminator_start_steps: int | None = None,
         discriminator_first: bool = False,
+        trained_parts: Sequence[str] | None = None,
         loss_weights: Mapping[str, float] | None = None,
         **shared: Any,
     ):
@@ -90,6 +94,20 @@ class TokenizerTraining(ReconstructionStage):
         self.perturbation, self.squared_dependency = perturbation, dependency == "squared"
         self.discriminator_start, self.discriminator_start_steps = discriminator_start, discriminator_start_steps
         self.discriminator_first = discriminator_first
+        parts = dict(self.tokenizer.named_children())
+        chosen = list(parts) if trained_parts is None else list(trained_parts)
+        if not chosen or set(chosen) - set(parts):
+            raise ConfigError(f"stage.trained_parts={chosen} must name some of {', '.join(parts)}, or be null for all")
+        self.frozen_parts = [part for name, part in parts.items() if name not in chosen]
+        for part in self.frozen_parts:
+            part.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "TokenizerTraining":
+        """The frozen parts stay in eval mode."""
+        super().train(mode)
+        for part in self.frozen_parts:
+            part.eval()
+        return self
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         return {"tokenizer": self.tokenizer}

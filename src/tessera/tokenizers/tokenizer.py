@@ -16,6 +16,20 @@ from tessera.tokenizers.output import TokenizerOutput
 Perturb = Callable[[ProductQuantizer, Tensor, QuantizerOutput], tuple[QuantizerOutput, Tensor | float]]
 
 
+def _projection(in_channels: int, out_channels: int, kernel: int | None, side: str) -> nn.Module:
+    """Convolution between a backbone and the quantizer, which keeps the grid."""
+    if kernel is None:
+        if in_channels != out_channels:
+            raise ConfigError(
+                f"tokenizer.projection_kernel=null needs equal channels, but {in_channels} meet {out_channels} between "
+                f"backbone.{side} and quantizer; set backbone.{side}.z_channels to the quantizer's, or a kernel of 1"
+            )
+        return nn.Identity()
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"tokenizer.projection_kernel={kernel} must be odd, so that the grid stays, or null")
+    return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+
+
 class Tokenizer(nn.Module):
     """images -> encoder -> quant_conv -> quantizer -> post_quant_conv -> decoder -> images.
 
@@ -27,6 +41,8 @@ class Tokenizer(nn.Module):
         decoder: module with `in_channels`, `last_layer` and `resolution(grid)`; (B, in_channels, h, w) ->
             (B, 3, H, W).
         resolution: side of the square images, in pixels.
+        projection_kernel: side of the two convolutions between backbones and quantizer, odd; None: without them, which
+            needs backbones of the quantizer's channels.
         encoder_tuning, decoder_tuning: what of them trains: full, lora or frozen, or a `LoRA`; see `tune`.
 
     Attributes:
@@ -42,6 +58,7 @@ class Tokenizer(nn.Module):
         quantizer: ProductQuantizer,
         decoder: nn.Module,
         resolution: int,
+        projection_kernel: int | None = 1,
         encoder_tuning: str | LoRA = "full",
         decoder_tuning: str | LoRA = "full",
     ):
@@ -63,9 +80,11 @@ class Tokenizer(nn.Module):
         tune(decoder, decoder_tuning, "tokenizer.decoder_tuning")
         quantizer.bind_grid(self.grid)
         self.encoder = encoder
-        self.quant_conv = nn.Conv2d(encoder.out_channels, quantizer.dim // encoder.groups, 1)
+        self.quant_conv = _projection(
+            encoder.out_channels, quantizer.in_channels // encoder.groups, projection_kernel, "encoder"
+        )
         self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.in_channels, 1)
+        self.post_quant_conv = _projection(quantizer.dim, decoder.in_channels, projection_kernel, "decoder")
         self.decoder = decoder
 
     def encode(self, images: Tensor) -> Tensor:
@@ -90,16 +109,20 @@ class Tokenizer(nn.Module):
             return self.quant_conv(features)
         # (B, P D, h, w) -> (B P, D, h, w): the same projection for every branch
         projected = self.quant_conv(features.view(-1, self.encoder.out_channels, *features.shape[2:]))
-        return projected.view(len(images), self.quantizer.dim, *self.grid)
+        return projected.view(len(images), self.quantizer.in_channels, *self.grid)
 
     def tokenize(self, images: Tensor) -> Tensor:
         """Tokens (B, P, L) int64 of images (B, 3, H, W) in [-1, 1]."""
         return self.quantizer.encode(self.encode(images))
 
+    def decoder_input(self, z_q: Tensor) -> Tensor:
+        """What the decoder gets, (B, decoder.in_channels, h, w), for a quantised latent (B, C, h, w)."""
+        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
+        return self.post_quant_conv(z_q.to(self.last_layer.dtype))
+
     def decode(self, z_q: Tensor) -> Tensor:
         """Images (B, 3, H, W) float, not clamped, of a quantised latent (B, C, h, w)."""
-        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
-        return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.decoder_input(z_q))
 
     def detokenize(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1] of tokens (B, P, L), whose shape and range are checked."""
