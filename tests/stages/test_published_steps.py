@@ -1,20 +1,27 @@
 """One generator and discriminator step against published numbers: the whole loss, its weights and its gradients."""
 
+import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from golden_cases import assert_close, golden
 from stage_setup import trainer
+from tessera.callbacks import EMA
+from tessera.callbacks.ema import average
 from tessera.discriminators import PatchGAN
 from tessera.losses import LPIPS, AdversarialLoss, LeCam
 from tessera.stages import TokenizerTraining
-from tessera.tokenizers import TokenizerOutput
+from tessera.tokenizers import Tokenizer, TokenizerOutput
+from tessera.zoo import from_public, ibq
+from tessera.zoo.keys import rename
 
 TERMS = ("codebook", "commitment", "joint", "entropy_sample", "entropy_batch", "kl")
 
@@ -24,12 +31,17 @@ class Painter(nn.Module):
 
     def __init__(self, features, weight, losses, resolution):
         super().__init__()
-        self.last_layer = nn.Parameter(weight.clone())
+        self.decoder = nn.Conv2d(*weight.shape[:2][::-1], weight.shape[-1], padding=weight.shape[-1] // 2, bias=False)
+        self.decoder.weight.data.copy_(weight)
         self.features, self.losses, self.resolution = features, losses, resolution
         self.quantizer = SimpleNamespace(num_branches=1, grids=[(1, 1)])
 
+    @property
+    def last_layer(self):
+        return self.decoder.weight
+
     def forward(self, images, perturb=None, rng=None):
-        made = F.conv2d(self.features, self.last_layer, padding=self.last_layer.shape[-1] // 2)
+        made = self.decoder(self.features)
         return TokenizerOutput(made, made, made, torch.zeros(1, 1, 1), losses=self.losses, z_q_clean=made)
 
 
@@ -43,12 +55,13 @@ def below(weights, prefix):
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def run(stage, images, steps, folder):
+def run(stage, images, steps, folder, callbacks=()):
     """Logged values, and gradients by (optimizer, parameter), of each step."""
     seen = []
 
     def gradients(optimizer):
-        number = int(optimizer.param_groups[0]["params"][0] is not stage.tokenizer.last_layer)
+        ours = {id(parameter) for parameter in stage.tokenizer.parameters()}
+        number = int(id(optimizer.param_groups[0]["params"][0]) not in ours)
         found[number] = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
 
     def end(*_):
@@ -59,7 +72,7 @@ def run(stage, images, steps, folder):
     found = {}
     stage.on_before_optimizer_step, stage.on_train_batch_end = gradients, end
     batch = {"image": images, "index": torch.arange(len(images))}
-    trainer(folder, steps).fit(stage, DataLoader([batch] * steps, batch_size=None))
+    trainer(folder, steps, list(callbacks)).fit(stage, DataLoader([batch] * steps, batch_size=None))
     return seen
 
 
@@ -241,3 +254,131 @@ def test_ibq_in_evaluation(case, tmp_path):
         lecam.mean_real, lecam.mean_fake = (torch.tensor(file.config[f"lecam_{kind}"]) for kind in ("real", "fake"))
         both = expected["val/logits_real"], expected["val/logits_fake"]
         assert_close(lecam(*both), expected["val/lecam_reg_fixed_ema"], **close)
+
+
+def ibq_tokenizer(file) -> Tokenizer:
+    """The published tokenizer, whose halves two other files hold, for the images of this one."""
+    halves = {**golden("ibq_tokenizer_enc").weights, **golden("ibq_tokenizer_dec").weights}
+    tokenizer = from_public("ibq", file.config, halves).train()
+    height, width = file.input["image"].shape[-2:]
+    if (height, width) != (tokenizer.resolution,) * 2:  # pictures that aren't square
+        tokenizer.encode = lambda images: tokenizer.quant_conv(tokenizer.encoder(images))
+    return tokenizer
+
+
+def ibq_training(file, folder, optimizer) -> TokenizerTraining:
+    options, weights = file.config, below(file.weights, "loss.")
+    discriminator = PatchGAN(3, options["disc_ndf"], options["disc_num_layers"])
+    discriminator.load_state_dict(below(weights, "discriminator."), strict=True)
+    for name, value in below(file.input, "bn/").items():
+        discriminator.state_dict()[name].copy_(value)
+    quantizer, entropy = options["quant_loss_weight"], options["entropy_loss_weight"]
+    return TokenizerTraining(
+        tokenizer=ibq_tokenizer(file),
+        optimizer=optimizer,
+        scheduler=constant,
+        discriminator=discriminator,
+        discriminator_first=True,
+        perceptual=thin_lpips(below(weights, "perceptual_loss."), folder),
+        adversarial=AdversarialLoss("hinge", "non_saturating", per_image=True),
+        reconstruction_loss="l1",
+        use_adaptive_weight=False,
+        loss_weights={
+            "adversarial": options["gen_loss_weight"],
+            "discriminator": 1.0,
+            "lecam": options["lecam_loss_weight"],
+            "joint": quantizer,
+            "commitment": quantizer,
+            "codebook": 0.25 * quantizer,
+            "entropy_sample": entropy,
+            "entropy_batch": entropy,
+        },
+    )
+
+
+def ibq_logs(stage, values) -> dict[str, dict[str, float]]:
+    """What the public code logs, from what ours does."""
+    loss = {name.removeprefix("loss/"): value for name, value in values.items() if name.startswith("loss/")}
+    quantizer = loss["joint"] + loss["commitment"] + 0.25 * loss["codebook"]
+    entropy = loss["entropy_sample"] + loss["entropy_batch"]
+    disc = {
+        "disc_loss": loss["discriminator"] + stage.weights["lecam"] * loss["lecam"],
+        "lecam_loss": loss["lecam"],
+        "logits_real": values["logits_real"],
+        "logits_fake": values["logits_fake"],
+        "disc_factor": 1.0,
+    }
+    gen = {
+        "codebook_quant_loss": quantizer,
+        "codebook_entropy_loss": entropy,
+        "codebook_sample_entropy_loss": loss["entropy_sample"],
+        "codebook_avg_entropy_loss": -loss["entropy_batch"],
+        "codebook_loss": stage.weights["joint"] * quantizer + stage.weights["entropy_sample"] * entropy,
+        "reconstruct_loss": loss["reconstruction"],
+        "perceptual_loss": loss["perceptual"],
+        "nll_loss": loss["reconstruction"] + loss["perceptual"],
+        "unsacled_g_loss": loss["adversarial"],
+        "g_loss": stage.weights["adversarial"] * loss["adversarial"],
+        "d_weight": stage.weights["adversarial"],
+        "disc_factor": 1.0,
+        "total_loss": float(generator_loss(stage, values)),
+    }
+    return {"disc": disc, "gen": gen}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["ibq_train_step"])
+def test_ibq_training(case, tmp_path):
+    file = golden(case)
+    expected, images = file.output, file.input["image"]
+    # before any update
+    stage = ibq_training(file, tmp_path, frozen_rate)
+    values, gradients, _ = run(stage, images, 1, tmp_path)[0]
+    assert_close(generator_loss(stage, values), expected["init/gen_loss"], rtol=1e-4)
+    names = [name for name, _ in stage.tokenizer.named_parameters()]
+    found = dict(zip(names, gradients[0], strict=True))
+    recorded = below(expected, "init/grad_norm_sum/")
+    ours = rename(recorded, ibq.rules(len(file.config["ddconfig"]["ch_mult"])))
+    assert set(ours) == set(found)
+    for name, value in ours.items():
+        # sums of many entries of both signs: to the precision of the norm
+        tolerance = 1e-5 + 1e-4 * value[0].item()
+        assert_close(torch.stack([found[name].norm(), found[name].sum()]), value, atol=tolerance, rtol=1e-4)
+    # iterations
+    adam = partial(torch.optim.Adam, lr=file.config["learning_rate"], betas=(0.5, 0.9))
+    stage, ema = ibq_training(file, tmp_path, adam), EMA(decay=0.999)
+    shadow = copy.deepcopy(stage.discriminator)  # which we have no use for
+    steps = file.config["iterations"]
+
+    class Shadow(Callback):
+        def on_train_batch_end(self, *_):
+            average(shadow, stage.discriminator, 0.999)
+
+    tolerances = [1e-5, 1e-4, 2e-3]
+    seen = run(stage, images, steps, tmp_path, [ema, Shadow()])
+    for number, (values, _, _) in enumerate(seen):
+        tolerance = tolerances[min(number, 2)]
+        for side, ours in ibq_logs(stage, values).items():
+            logged = below(expected, f"iter{number + 1}/{side}/")
+            assert set(logged) == set(ours)
+            for name, value in logged.items():
+                assert_close(torch.tensor(ours[name]), value, atol=tolerance)
+    for mean, name in zip(seen[-1][2], ("real", "fake"), strict=True):
+        assert_close(mean, expected[f"lecam_ema_{name}"], atol=1e-4)
+    averaged = ibq_tokenizer(file).eval()
+    averaged.load_state_dict(ema.averaged_state_dict()["tokenizer"])
+    for part, tokenizer, judge, tolerance in (
+        ("final/", stage.tokenizer, stage.discriminator, 1e-3),
+        ("final_ema/", averaged, shadow, 1e-4),
+    ):
+        state = {f"loss.discriminator.{name}": value for name, value in judge.state_dict().items()}
+        state |= tokenizer.state_dict()
+        for name, value in below(expected, part).items():
+            if name in ("indices", "reconstruction"):
+                continue
+            (key,) = rename({name: value}, ibq.rules(len(file.config["ddconfig"]["ch_mult"])))
+            assert_close(state[key], value, atol=tolerance)
+    with torch.no_grad():
+        quantized = averaged.quantizer(averaged.encode(images))
+        assert torch.equal(quantized.tokens.flatten(), expected["final_ema/indices"])
+        assert_close(averaged.decode(quantized.z_q), expected["final_ema/reconstruction"], atol=1e-3)
