@@ -8,17 +8,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def seconds(function: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Best wall time of `repeats` calls after one to warm up: the least disturbed one."""
+def seconds(function: Callable[[], Any], repeats: int, device: torch.device, limit: float = float("inf")) -> float:
+    """Best wall time of `repeats` calls after one to warm up: the least disturbed one.
+
+    No further call is made once they took `limit` seconds together; the first one counts if it alone did.
+    """
+    warm, times = _seconds_once(function, device), []
+    while warm + sum(times) < limit and len(times) < repeats:
+        times.append(_seconds_once(function, device))
+    return min(times, default=warm)
+
+
+def _seconds_once(function: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
     function()
-    times = []
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:

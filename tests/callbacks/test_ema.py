@@ -9,6 +9,7 @@ from stage_setup import data, generator_stage, tokenizer_stage, trainer
 from tessera.callbacks import EMA, ema
 from tessera.callbacks.ema import average, ema_weights, warmed_decay
 from tessera.errors import ConfigError
+from tessera.zoo import ibq
 
 
 class FakeTrainer:
@@ -220,7 +221,7 @@ def published_step(part, number):
 @pytest.mark.golden
 @pytest.mark.parametrize("case", ["ibq_ema"])
 def test_published_average_of_ibq(case):
-    """Shadows by step; names and checkpoint layout are the zoo's."""
+    """Shadows by step, and which weights the zoo takes out of such a checkpoint."""
     file = golden(case)
     start = {name: value for name, value in published_step(file.input, 0).items() if "perceptual" not in name}
     live, shadow = named_parameters(start), named_parameters(start)
@@ -236,3 +237,13 @@ def test_published_average_of_ibq(case):
             assert_close(parameter.detach(), expected, atol=1e-6)
         count = file.output[f"ema_step{update}/num_updates"].item()
         assert count == (update if file.config["use_num_updates"] else -1)
+    checkpoint = {
+        name.removeprefix("checkpoint/"): v for name, v in file.output.items() if name.startswith("checkpoint/")
+    }
+    for weights, stage in (("ema", "transformer_stage_ema/"), ("live", "transformer_stage_no_ema/")):
+        taken = ibq.public_weights(checkpoint, weights)
+        expected = {name.removeprefix(stage): v for name, v in file.output.items() if name.startswith(stage)}
+        assert set(taken) == set(expected)
+        assert all(torch.equal(value, expected[name]) for name, value in taken.items())
+    for name, parameter in shadow.named_parameters():
+        assert_close(parameter.detach(), file.output[f"copy_to/{name}"], atol=1e-6)

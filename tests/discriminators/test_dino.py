@@ -190,7 +190,7 @@ def test_sbn_covers_all_processes():
         ({"readouts": (0, 3)}, r"discriminator\.readouts=\[0, 3\].*at most 2"),
         ({"readouts": (2, 0)}, r"discriminator\.readouts=\[2, 0\]"),
         ({"crop_probability": 1.5}, r"discriminator\.crop_probability=1\.5"),
-        ({"model": "vit_of_nobody"}, r"discriminator\.model='vit_of_nobody' is no model of timm"),
+        ({"name": "vit_of_nobody"}, r"discriminator\.name='vit_of_nobody' is no vision transformer of timm"),
         ({"norm": "gn", "backbone": {**TINY, "embed_dim": 36}}, r"discriminator\.norm=gn needs channels"),
     ],
 )
@@ -203,11 +203,11 @@ def test_weights_from_disk(tmp_path):
     model = tiny()
     torch.save(model.backbone.module.state_dict(), tmp_path / "dino.pth")
     torch.manual_seed(7)
-    again = DINODiscriminator(weights=tmp_path / "dino.pth", readouts=(0, 2), backbone={**TINY, "img_size": 64})
+    again = DINODiscriminator(pretrained=str(tmp_path / "dino.pth"), readouts=(0, 2), backbone={**TINY, "img_size": 64})
     torch.testing.assert_close(
         again.backbone.module.blocks[1].attn.qkv.weight, model.backbone.module.blocks[1].attn.qkv.weight
     )
     assert again.backbone.module.pos_embed.shape[1] == 65, "positions are resampled"
-    with pytest.raises(MissingFileError, match=r"discriminator\.weights=.*discriminator\.pretrained=false"):
-        tiny(pretrained=True, weights=tmp_path / "nothing.pth")
+    with pytest.raises(MissingFileError, match=r"discriminator\.pretrained=.*nothing\.pth does not exist"):
+        tiny(pretrained=str(tmp_path / "nothing.pth"))
     assert again(torch.zeros(1, 3, 8, 8)).isfinite().all()

@@ -135,15 +135,19 @@ def test_neighbors_rank_vectors_by_product_and_codes_by_distance():
     assert not torch.equal((codes @ codes.t()).argmax(1), indices)
 
 
-def test_latent_rms_keeps_tokens_and_revives_the_gradient_path():
+def test_shortened_latents_keep_tokens_and_revive_the_gradient_path():
     torch.manual_seed(0)
-    plain, scaled = IBQCodebook(64, 500), IBQCodebook(64, 500, latent_rms=0.3)
-    scaled.load_state_dict(plain.state_dict())
+    plain, short = IBQCodebook(64, 500), IBQCodebook(64, 500, max_latent_rms=0.3)
+    short.load_state_dict(plain.state_dict())
     x = torch.randn(40, 64) * 5
-    out = scaled(x)
+    x[:3] *= 0.01  # these are short enough
+    out = short(x)
     assert torch.equal(out.indices, plain(x).indices)
-    assert_close(out.latents.square().mean(1).sqrt(), torch.full((40,), 0.3))
-    before, after = plain.diagnostics(x), scaled.diagnostics(x)
+    assert_close(out.latents[3:].square().mean(1).sqrt(), torch.full((37,), 0.3))
+    assert torch.equal(out.latents[:3], x[:3])
+    assert_close(short(out.latents).latents, out.latents)  # once is enough
+    x = x[3:]
+    before, after = plain.diagnostics(x), short.diagnostics(x)
     assert before["gradient_path"] < 0.3 < 0.8 < after["gradient_path"] < 1.2
     assert before["max_probability"] > 0.9 > 0.5 > after["max_probability"]
     assert after["logit_std"] == pytest.approx(0.3 * 8, rel=0.1)
@@ -223,7 +227,7 @@ def test_learns_to_use_its_codes():
         ({"codebook_size": 0}, "codebook_size=0"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"entropy_temperature": 0.0}, r"entropy_temperature=0\.0"),
-        ({"latent_rms": -1.0}, r"latent_rms=-1\.0"),
+        ({"max_latent_rms": -1.0}, r"max_latent_rms=-1\.0"),
         ({"entropy_over": "world"}, "entropy_over='world'"),
     ],
 )

@@ -6,7 +6,6 @@ serves the patches and, resampled, the latent grid.
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,60 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.backbones.to_pixel import LinearPixels
-from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.errors import ConfigError
+from tessera.frozen import timm_vit
 
 DINOV2_BASE = "vit_base_patch14_dinov2.lvd142m"
 POSITIONS = ("absolute", "learned")
-
-
-def timm_vit(name: str, pretrained: bool | str, key: str, **options: Any) -> nn.Module:
-    """A vision transformer of timm without head; its weights are resampled to the patch size and resolution.
-
-    Args:
-        name: timm's name, with the tag of the weights.
-        pretrained: True: download timm's weights; a path: read a file of them; False: initialise at random. On the
-            meta device nothing is read.
-        key: of the configuration, for messages.
-        **options: of timm's constructor.
-
-    Raises:
-        ConfigError: unknown name, or no vision transformer with class token and learned positions.
-        MissingFileError: the weights are neither here nor to be had.
-        CheckpointError: the weights don't fit the model.
-    """
-    import timm
-    from timm.models import is_model_in_modules
-
-    architecture = name.split(".")[0]
-    if not is_model_in_modules(architecture, {"vision_transformer"}):
-        near = ", ".join(timm.list_models("vit_*_dinov2"))
-        raise ConfigError(f"{key}.name={name!r} is no vision transformer of timm; choose e.g. one of {near}")
-    if isinstance(pretrained, str):
-        if not Path(pretrained).is_file():
-            raise MissingFileError(
-                f"{key}.pretrained={pretrained} does not exist; give the file of {name}'s weights, true to download "
-                "them, or false to start from random weights"
-            )
-        options["pretrained_cfg_overlay"] = {"file": pretrained}
-    load = bool(pretrained) and torch.get_default_device().type != "meta"
-    try:
-        model = timm.create_model(name, pretrained=load, num_classes=0, **options)
-    except (OSError, ConnectionError) as error:
-        raise MissingFileError(
-            f"{key}.pretrained={pretrained}: the weights of {name} can't be had ({type(error).__name__}: {error}); "
-            "give the path of a local file, or false to start from random weights"
-        ) from error
-    except RuntimeError as error:
-        if not load:
-            raise
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{key}.pretrained={pretrained}: the weights don't fit {name} with {key}.width, depth and num_heads as "
-            f"configured ({text[:300]}); leave these at null, or set {key}.pretrained=false"
-        ) from error
-    if model.cls_token is None or model.pos_embed is None:
-        raise ConfigError(f"{key}.name={name!r} has no class token or no learned positions; choose a DINOv2")
-    return model
 
 
 def _sides(grid: int | Sequence[int], key: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What happens besides training: figures, pictures, averaged weights, resuming."""
 
+from tessera.callbacks.codebook_collapse import CodebookCollapse
 from tessera.callbacks.codebook_report import CodebookReport
 from tessera.callbacks.ema import EMA
 from tessera.callbacks.generation_fid import GenerationFID
@@ -13,6 +14,7 @@ from tessera.callbacks.resume_state import ResumeState
 
 __all__ = [
     "EMA",
+    "CodebookCollapse",
     "CodebookReport",
     "GenerationFID",
     "ImageGrid",

@@ -1,15 +1,22 @@
 """How the validation set uses the codebooks, per branch and scale."""
 
+from functools import partial
+from typing import Any
+
 import lightning
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tessera import distributed
+from tessera.callbacks.codebook_collapse import CollapseWatch
 from tessera.callbacks.figure import FigureCallback, crop_id, validation_dataset
 from tessera.callbacks.unique import Commit
 from tessera.metrics.codebook import CodebookUsage, codebook_figures
 from tessera.metrics.protocol import Figure, Protocol
 
 REPORTED = ("usage", "perplexity", "entropy_bits", "dead_codes")
+# Latents that diagnostics look at, per codebook and call
+DIAGNOSED = 128
 
 
 class CodebookReport(FigureCallback):
@@ -17,20 +24,56 @@ class CodebookReport(FigureCallback):
 
     Keys are `<prefix>/codebook/usage_branch0` and, with several scales,
     `<prefix>/codebook/usage_branch0_scale3`. Usage grows with the number of tokens seen, which is part of the
-    figure's protocol.
+    figure's protocol. A codebook that collapsed is warned about, with what to change. Codebooks that have `diagnostics`
+    (IBQ) are looked at in the first batch, and the means over it logged as `<prefix>/codebook/gradient_path_branch0`
+    and so on.
 
     Args:
         every_n_validations, prefix: see `FigureCallback`.
+        min_usage, min_perplexity, repeat_every: when to warn, see `CollapseWatch`.
+
+    Attributes:
+        collapsed: branches and scales found collapsed in the latest measurement.
     """
 
-    def __init__(self, every_n_validations: int = 1, prefix: str = "val"):
+    def __init__(
+        self,
+        every_n_validations: int = 1,
+        prefix: str = "val",
+        min_usage: float = 0.05,
+        min_perplexity: float = 0.01,
+        repeat_every: int = 10,
+    ):
         super().__init__(every_n_validations, prefix)
         self.metric: CodebookUsage | None = None
+        self.watch = CollapseWatch(min_usage, min_perplexity, repeat_every)
+        self.collapsed: list[str] = []
+        self.diagnoses: dict[str, list[Tensor]] = {}
+        self._hooks: list[Any] = []
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         quantizer = pl_module.tokenizer.quantizer
         metric = CodebookUsage(quantizer.codebook_size, quantizer.num_branches, list(quantizer.grids))
         self.metric = metric.to(pl_module.device)
+        self._unhook()
+        self.diagnoses = {}
+        for branch, structure in enumerate(quantizer.branches):
+            for number, codebook in enumerate(structure.codebooks):
+                if hasattr(codebook, "diagnostics"):
+                    name = f"branch{branch}" + (f"_scale{number}" if len(structure.codebooks) > 1 else "")
+                    self.diagnoses |= {f"{key}_{name}": [] for key in codebook.DIAGNOSTICS}
+                    self._hooks.append(codebook.register_forward_hook(partial(self._diagnose, name)))
+
+    def _diagnose(self, name: str, codebook: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        rows = inputs[0].detach()
+        chosen = rows[:: -(-len(rows) // DIAGNOSED)]  # from all images of the batch
+        for key, value in codebook.diagnostics(chosen).items():
+            self.diagnoses[f"{key}_{name}"].append(value)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def measure(
         self,
@@ -39,6 +82,7 @@ class CodebookReport(FigureCallback):
         outputs: dict[str, Tensor],
         batch: dict[str, Tensor],
     ) -> Commit:
+        self._unhook()  # one batch is enough
         tokens = self.needed(outputs, "tokens", "validation_step")
         return lambda mask: self.metric.update(tokens, mask)
 
@@ -46,17 +90,30 @@ class CodebookReport(FigureCallback):
         counts = self.metric.compute().cpu().view(self.metric.counts.shape)
         if distributed.rank() == 0:
             log_histograms(trainer, f"{self.prefix}/codebook", counts)
+            self.collapsed = self.watch.check(counts, pl_module.tokenizer.quantizer, "validation")
         protocol = Protocol(
             crop=crop_id(validation_dataset(trainer)),
             samples=self.samples.unique,
             dtype="int64 counts",
             extra={"tokens": int(counts.sum()), "K": self.metric.codebook_size},
         )
+        figures = codebook_figures(counts) | self._diagnosed(pl_module.device)
         return [
             CodebookFigure(name, value, protocol)
-            for name, value in codebook_figures(counts).items()
-            if name.startswith(REPORTED)
+            for name, value in figures.items()
+            if name.startswith(REPORTED) or name in self.diagnoses
         ]
+
+    def _diagnosed(self, device: torch.device) -> dict[str, float]:
+        """Means over scales and processes, those without a batch left out."""
+        if not self.diagnoses:
+            return {}
+        sums = [
+            torch.tensor([float(sum(values)), float(len(values))], dtype=torch.float64)
+            for values in self.diagnoses.values()
+        ]
+        totals = distributed.all_reduce_sum(torch.stack(sums).to(device)).cpu()
+        return {name: float(total / n) for name, (total, n) in zip(self.diagnoses, totals, strict=True) if n > 0}
 
 
 class CodebookFigure(Figure):

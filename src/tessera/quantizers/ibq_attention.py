@@ -32,8 +32,8 @@ EntropyOver = Literal["local", "global"]
 
 # Added to the mean assignment inside the logarithm, as published: bounds the pull on codes that nothing chooses
 ENTROPY_EPS = 1e-5
-# Scores per row block. On a CPU a block of a small codebook stays in the outer cache; a GPU needs 128 MiB to be busy.
-_BLOCK_SCORES = {"cpu": 1 << 21}
+# Scores per row block. On a CPU, more is no faster (measured from 2^18 to 2^21); a GPU needs 128 MiB to be busy.
+_BLOCK_SCORES = {"cpu": 1 << 19}
 _BLOCK_SCORES_ACCELERATOR = 1 << 25
 # Fewer rows would read the codebook from memory more often than the products take (measured: 128 to 256 are fastest)
 _LEAST_ROWS = 128
@@ -109,7 +109,7 @@ def index_backpropagation(
     """Assign latents to the codes of largest inner product, with gradients through all assignment weights.
 
     Memory beyond inputs, outputs and gradients: one row block of scores going forward and three going back, each of at
-    most 128 x K or, on a CPU, 2^21 numbers (elsewhere 2^25), whichever is more. Never N x K.
+    most 128 x K or, on a CPU, 2^19 numbers (elsewhere 2^25), whichever is more. Never N x K.
 
     Args:
         x: (N, D) float32 or float64.

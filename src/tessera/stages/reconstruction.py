@@ -11,7 +11,7 @@ from tessera.errors import ConfigError
 from tessera.frozen import Unregistered
 from tessera.losses import AdversarialLoss, LeCam, balanced_gradient, pixel_loss
 from tessera.optim import decayed_names
-from tessera.rng import SampleRng
+from tessera.rng import IndexedRng
 from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, merged_weights
 from tessera.tokenizers import Tokenizer
 
@@ -139,10 +139,11 @@ class ReconstructionStage(Stage):
             losses["perceptual"] = perceptual(images, targets).mean()
         return losses
 
-    def judge(self, images: Tensor, rng: SampleRng) -> Tensor:
+    def judge(self, images: Tensor, rng: IndexedRng) -> Tensor:
         """The discriminator's logits of augmented images (B, 3, H, W)."""
         if self.augment is not None:
-            since = self.trainer.global_step - self.first_discriminator_step
+            # the draws' step: the trainer's moves on between the two optimizers of one training step
+            since = rng.step - self.first_discriminator_step
             images = self.augment(images, self.augment.strength(since, self.total_steps), rng)
         return self.discriminator(images, rng)
 
@@ -153,7 +154,7 @@ class ReconstructionStage(Stage):
         others: dict[str, Tensor],
         adversarial: bool,
         step: bool,
-        rng: SampleRng,
+        rng: IndexedRng,
     ) -> None:
         """Update the tokenizer.
 
@@ -197,7 +198,7 @@ class ReconstructionStage(Stage):
             total = total + self.weights[name] * value
         self.backward_and_step(total, 0, step)
 
-    def discriminator_step(self, fake: Tensor, real: Tensor, step: bool, rng: SampleRng) -> None:
+    def discriminator_step(self, fake: Tensor, real: Tensor, step: bool, rng: IndexedRng) -> None:
         """Update the discriminator on detached reconstructions and real images (B, 3, H, W); `rng` as above."""
         fake_logits = self.judge(fake.detach().float(), rng.named("discriminator/fake"))
         real_logits = self.judge(real, rng.named("discriminator/real"))

@@ -1,6 +1,6 @@
 """Learned codebook whose every code gets a gradient from every latent (index backpropagation)."""
 
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ class IBQCodebook(Codebook):
 
     With s = softmax(E z) over all codes, q = E^T (h - sg(s) + s), h the one-hot of k: the value is e_k, and gradients
     reach z and all codes through s. There is no identity path to z: dL/dz = Cov_s(e) dL/dq, so a saturated s starves
-    the encoder (see `diagnostics`, `latent_rms`).
+    the encoder (see `diagnostics`, `max_latent_rms`).
 
     Losses (means, unweighted): `joint` = mean((q - z)^2) with gradients on both sides, `commitment` =
     mean((sg e_k - z)^2), `codebook` = mean((e_k - sg z)^2); with `use_entropy`, of p = softmax(E z / temperature),
@@ -39,10 +39,10 @@ class IBQCodebook(Codebook):
         entropy_temperature: > 0.
         entropy_over: "local": P over the latents of this process, as published; its entropy can't exceed ln N.
             "global": over those of all processes, in training.
-        latent_rms: scale each latent to this root mean square before anything else; None: as it comes. Keeps the
-            softmax from saturating behind encoders with large outputs: scores then spread by about latent_rms * sqrt(D)
-            for codes of unit variance, and 3 is healthy. The tokens are the same, as the largest product doesn't depend
-            on the length of z.
+        max_latent_rms: latents of a larger root mean square are shortened to it; None: never. Keeps the softmax from
+            saturating behind encoders with large outputs: scores spread by at most about max_latent_rms * sqrt(D) for
+            codes of unit variance, and 3 is healthy. The tokens are the same, as the largest product doesn't depend on
+            the length of z.
         chunk_size: codes per tile; changes speed and memory only.
 
     Raises:
@@ -50,32 +50,36 @@ class IBQCodebook(Codebook):
 
     Source: IBQ (arXiv:2412.02692); where code and paper differ, `IndexPropagationQuantize` of TencentARC/SEED-Voken.
         Scores are float32 under autocast too (there: half precision, which overflows and ties); memory is O(N D + K D)
-        and a row block (there: nine N x K tables). `entropy_over`, `latent_rms` are ours.
+        and a row block (there: nine N x K tables). `entropy_over`, `max_latent_rms` are ours.
     """
+
+    # the decoder's gradient passes through the vectors themselves: no straight-through is laid around a sum of them
+    carries_gradient: ClassVar[bool] = True
+    DIAGNOSTICS: ClassVar[tuple[str, ...]] = ("gradient_path", "max_probability", "logit_std")
 
     def __init__(
         self,
-        dim: int,
+        dim: int | None,
         codebook_size: int,
         use_entropy: bool = True,
         entropy_temperature: float = 0.01,
         entropy_over: EntropyOver = "local",
-        latent_rms: float | None = None,
+        max_latent_rms: float | None = None,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ):
         for name, value in (("codebook_size", codebook_size), ("chunk_size", chunk_size)):
             if value < 1:
                 raise ConfigError(f"{_PREFIX}.{name}={value} must be at least 1")
-        for name, value in (("entropy_temperature", entropy_temperature), ("latent_rms", latent_rms)):
+        for name, value in (("entropy_temperature", entropy_temperature), ("max_latent_rms", max_latent_rms)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{_PREFIX}.{name}={value} must be above 0")
         if entropy_over not in get_args(EntropyOver):
             raise ConfigError(f"{_PREFIX}.entropy_over={entropy_over!r} is unknown; choose local or global")
-        if dim < 1:
+        if dim is None or dim < 1:
             raise ConfigError(f"a codebook of dimension {dim} is impossible; raise quantizer.dim")
         super().__init__(dim, codebook_size)
         self.use_entropy, self.entropy_temperature, self.entropy_over = use_entropy, entropy_temperature, entropy_over
-        self.latent_rms, self.chunk_size = latent_rms, chunk_size
+        self.max_latent_rms, self.chunk_size = max_latent_rms, chunk_size
         self.embedding = nn.Parameter(torch.randn(codebook_size, dim))
 
     def extra_repr(self) -> str:
@@ -119,18 +123,19 @@ class IBQCodebook(Codebook):
             used, position = query.unique(return_inverse=True)
             return nearest_k(self.embedding[used], self.embedding, k, self.chunk_size, "euclidean")[position]
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents and codes in the precision of the computation: float32, or float64 where either is."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.embedding.dtype), torch.float32)
-        x, codes = x.to(dtype), self.embedding.to(dtype)
-        if self.latent_rms is not None:
-            x = F.normalize(x, dim=-1) * (self.latent_rms * self.dim**0.5)
-        return x, codes
+    def project(self, x: Tensor) -> Tensor:
+        """Latents (N, D) of any precision, at least float32, none longer than `max_latent_rms`; differentiable."""
+        x = x.to(torch.promote_types(torch.promote_types(x.dtype, self.embedding.dtype), torch.float32))
+        if self.max_latent_rms is None:
+            return x
+        rms = x.square().mean(-1, keepdim=True).clamp_min(self.max_latent_rms**2).sqrt()
+        return x * (self.max_latent_rms / rms)
 
     def forward(self, x: Tensor) -> CodebookOutput:
         """Quantise x (N, D) float; results are at least float32 whatever the autocast state."""
         with torch.autocast(x.device.type, enabled=False):
-            latents, embedding = self._inputs(x)
+            latents = self.project(x)
+            embedding = self.embedding.to(latents.dtype)
             temperature = self.entropy_temperature if self.use_entropy else None
             # processes may have unequal numbers of validation batches: no collective there
             over = self.entropy_over if self.training else "local"
@@ -158,7 +163,8 @@ class IBQCodebook(Codebook):
             standard deviation of a latent's K scores.
         """
         with torch.autocast(x.device.type, enabled=False):
-            x, codes = self._inputs(x)
+            x = self.project(x)
+            codes = self.embedding.to(x.dtype)
             norms = codes.square().sum(1)
             sums = x.new_zeros(3)
             for rows in x.split(_DIAGNOSED_ROWS):
@@ -167,4 +173,4 @@ class IBQCodebook(Codebook):
                 s = scores.softmax(1)
                 path = ((s @ norms) - (s @ codes).square().sum(1)).sum() / self.dim
                 sums += torch.stack([path, s.amax(1).sum(), spread])
-        return dict(zip(("gradient_path", "max_probability", "logit_std"), sums / len(x), strict=True))
+        return dict(zip(self.DIAGNOSTICS, sums / len(x), strict=True))

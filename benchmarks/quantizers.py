@@ -1,0 +1,342 @@
+"""Claim: exact quantizers need no N x K table, and are faster without one.
+
+Per case, in one run, on the same latents and codes: our quantizer, the same formula on N x K tables as public
+tokenizers write it (naive), and vector-quantize-pytorch where it has such a quantizer. For the search also the bound:
+block-wise products with a row maximum, in several block sizes. Sides run one after the other, each the best of several
+runs after one to warm up; peak memory is by the allocator's records and includes gradients. Sides that would not fit
+into memory are named and left out.
+
+`search`: the codes alone. `vq`: unit vectors, codebook and commitment loss; the library's with its moving averages
+instead of a gradient of the codes. `ibq`: with both entropy terms. `lfq`, `bsq`: log2 K bits (whatever d), entropy
+terms: ours in closed form over bits, naive over the K codes; the library computes entropies in training only.
+
+    python benchmarks/quantizers.py           # a few sizes, minutes
+    python benchmarks/quantizers.py --all     # N 1024, 16384; d 32, 64, 256; K 4096, 16384, 262144
+    python benchmarks/quantizers.py --kinds ibq --tokens 1024 --dims 256 --sizes 262144 [--device cuda] [--json FILE]
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import peak_bytes, seconds
+
+import tessera.quantizers as ours
+from tessera.quantizers import IBQCodebook, VQCodebook, nearest_codes
+
+KINDS = ("search", "vq", "ibq", "lfq", "bsq")
+QUICK = [(1024, 64, 4096), (1024, 256, 16384), (1024, 256, 262144)]
+TOKENS, DIMS, SIZES = (1024, 16384), (32, 64, 256), (4096, 16384, 262144)
+# N x K tables of 4 bytes that a side holds at its peak, to refuse in time what can't fit (ibq: notes and measurement)
+TABLES = {
+    "naive": {"search": 3, "vq": 4, "ibq": 10, "lfq": 7, "bsq": 7},
+    "vector-quantize-pytorch": {"vq": 4, "lfq": 7},
+}
+TABLES["vector-quantize-pytorch"]["bsq"] = TABLES["vector-quantize-pytorch"]["lfq"]
+LIBRARY = "vector-quantize-pytorch"
+
+# latents (N, d) with gradient -> (quantised (N, d) or None, indices (N,), loss)
+Quantize = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor | None]]
+
+
+@dataclass
+class Side:
+    """One implementation: what to call, and the parameters its backward pass fills."""
+
+    name: str
+    quantize: Quantize
+    module: nn.Module | None = None
+    parameters: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Result:
+    """A line of the table; `tables` is the peak in units of one N x K float32 table."""
+
+    kind: str
+    tokens: int
+    dim: int
+    size: int
+    what: str
+    precision: str
+    side: str
+    seconds: float
+    over_ours: float
+    peak_bytes: int
+    tables: float
+    same_codes: float
+
+
+def straight_through(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors and the sum of codebook and commitment loss."""
+    loss = F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
+    return latents + (codes - latents).detach(), loss
+
+
+def naive_distances(x: Tensor, codes: Tensor) -> Tensor:
+    """|x|^2 + |e|^2 - 2 x.e over all pairs, as the public tokenizers write it."""
+    return x.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * x @ codes.t()
+
+
+def naive_entropies(logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    mean = p.mean(0)
+    return -(p * log_p).sum(1).mean(), (mean * (mean + 1e-5).log()).sum()
+
+
+class NaiveVQ(nn.Module):
+    def __init__(self, codes: Tensor):
+        super().__init__()
+        self.codes = nn.Parameter(codes.clone())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, codes = F.normalize(x, dim=1), F.normalize(self.codes, dim=1)
+        indices = naive_distances(x, codes).argmin(1)
+        vectors, loss = straight_through(x, codes[indices])
+        return vectors, indices, loss
+
+
+class NaiveIBQ(nn.Module):
+    def __init__(self, codes: Tensor):
+        super().__init__()
+        self.codes = nn.Parameter(codes.clone())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = x @ self.codes.t()
+        soft = logits.softmax(1)
+        indices = soft.argmax(1)
+        hard = torch.zeros_like(logits).scatter_(1, indices[:, None], 1.0)
+        vectors, codes = (hard - soft.detach() + soft) @ self.codes, hard @ self.codes
+        loss = F.mse_loss(vectors, x) + F.mse_loss(x, codes.detach()) + 0.25 * F.mse_loss(codes, x.detach())
+        sample, batch = naive_entropies(logits / 0.01)
+        return vectors, indices, loss + 0.05 * (sample + batch)
+
+
+class NaiveBinary(nn.Module):
+    """LFQ, on the unit sphere BSQ, with entropies over all K sign patterns."""
+
+    def __init__(self, bits: int, spherical: bool, device: torch.device):
+        super().__init__()
+        self.scale, self.spherical = bits**-0.5 if spherical else 1.0, spherical
+        self.place = 2 ** torch.arange(bits, device=device)
+        patterns = (torch.arange(2**bits, device=device)[:, None] & self.place) != 0
+        self.codes = (2.0 * patterns - 1) * self.scale
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = F.normalize(x, dim=1) if self.spherical else x
+        positive = x > 0
+        codes = (2.0 * positive - 1) * self.scale
+        sample, batch = naive_entropies(2 * x @ self.codes.t())
+        return x + (codes - x).detach(), (positive * self.place).sum(1), F.mse_loss(x, codes) + 0.1 * (sample + batch)
+
+
+def our_loss(losses: dict[str, Tensor]) -> Tensor:
+    weights = {"joint": 1.0, "codebook": 1.0, "commitment": 0.25, "entropy_sample": 0.05, "entropy_batch": 0.05}
+    if "joint" in losses:
+        weights |= {"commitment": 1.0, "codebook": 0.25}
+    return sum(weights[name] * value for name, value in losses.items())
+
+
+def codebook_side(codebook: nn.Module) -> Side:
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = codebook(x)
+        return out.vectors, out.indices, our_loss(out.losses)
+
+    return Side("ours", quantize, codebook, tuple(codebook.parameters()))
+
+
+def module_side(name: str, module: nn.Module) -> Side:
+    return Side(name, module, module, tuple(p for p in module.parameters() if p.requires_grad))
+
+
+def library_side(module: nn.Module, reverse: bool = False) -> Side:
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # of bits, the library makes the first channel the highest
+        vectors, indices, loss = module((x.flip(1) if reverse else x)[None])
+        return vectors[0], indices[0], loss.sum()
+
+    return Side(LIBRARY, quantize, module, tuple(p for p in module.parameters() if p.requires_grad))
+
+
+def bound(x: Tensor, codes: Tensor, scores: int) -> Tensor:
+    rows = max(16, scores // len(codes))
+    return torch.cat([(part @ codes.t()).max(1).indices for part in x.split(rows)])
+
+
+def sides(kind: str, x: Tensor, codes: Tensor) -> Iterator[Side]:
+    """The implementations of a kind, ours first; made one by one, so that each has the memory to itself."""
+    (size, dim), device = codes.shape, x.device
+    installed = importlib.util.find_spec("vector_quantize_pytorch")
+    library = importlib.import_module("vector_quantize_pytorch") if installed else None
+    if kind == "search":
+        unit = F.normalize(codes, dim=1)
+        yield Side("ours", lambda x: (None, nearest_codes(x, unit, metric="dot"), None))
+        yield Side("naive", lambda x: (None, naive_distances(x, unit).argmin(1), None))
+        for scores in (18, 20, 22) if device.type == "cpu" else (25, 28):
+            yield Side(f"bound, blocks of 2^{scores}", lambda x, s=scores: (None, bound(x, unit, 1 << s), None))
+    elif kind in ("vq", "ibq"):
+        codebook = (VQCodebook if kind == "vq" else IBQCodebook)(dim, size).to(device)
+        with torch.no_grad():
+            codebook.embedding.copy_(codes)
+        yield codebook_side(codebook)
+        del codebook
+        yield module_side("naive", (NaiveVQ if kind == "vq" else NaiveIBQ)(codes))
+        if kind == "vq" and library:
+            # its cosine codebook learns by moving averages only; decay 1 does the work and leaves the codes as they are
+            module = library.VectorQuantize(dim, size, use_cosine_sim=True, decay=1.0, rotation_trick=False).to(device)
+            with torch.no_grad():
+                module._codebook.embed.copy_(F.normalize(codes, dim=1)[None])
+                module._codebook.embed_avg.copy_(module._codebook.embed)
+            yield library_side(module)
+    else:
+        yield codebook_side(getattr(ours, f"{kind.upper()}Codebook")(dim, bits=dim).to(device))
+        yield module_side("naive", NaiveBinary(dim, kind == "bsq", device))
+        if library:
+            module = library.LFQ(dim=dim, codebook_size=size, spherical=kind == "bsq").to(device)
+            yield library_side(module, reverse=True)
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    return found[0] if found else 8 << 30
+
+
+def too_large(kind: str, side: str, tokens: int, size: int, device: torch.device) -> str | None:
+    """Why a side is left out; None: it fits."""
+    tables = TABLES.get(side, {}).get(kind, 0)
+    needed, limit = tables * 4 * tokens * size, 0.6 * available_bytes(device)
+    return None if needed < limit else f"needs about {needed / 2**30:.0f} GiB, {limit / 2**30:.0f} are free"
+
+
+def measured(
+    kind: str, tokens: int, dim: int, size: int, what: str, half: bool, options: argparse.Namespace
+) -> list[Result]:
+    device = options.device
+    if kind in ("lfq", "bsq"):
+        dim = round(math.log2(size))
+    generator = torch.Generator().manual_seed(0)
+    # the spread that IBQ's encoder has at initialisation; the other kinds don't depend on it
+    x = (0.2 * torch.randn(tokens, dim, generator=generator)).to(device)
+    codes = torch.randn(size, dim, generator=generator).to(device)
+    upstream = torch.randn(tokens, dim, generator=generator).to(device)
+    results: list[Result] = []
+    reference = None
+    for side in sides(kind, x, codes):
+        reason = too_large(kind, side.name, tokens, size, device)
+        if reason:
+            print(f"  {kind:6s} N={tokens} d={dim} K={size} {what}: {side.name} skipped, it {reason}", flush=True)
+            continue
+        if side.module is not None:
+            side.module.train(what == "forward+backward")
+
+        found: list[Tensor] = []
+
+        def step(side: Side = side, found: list[Tensor] = found) -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                if what == "forward":
+                    with torch.no_grad():
+                        found[:] = [side.quantize(x)[1]]
+                    return
+                leaf = x.clone().requires_grad_()
+                vectors, indices, loss = side.quantize(leaf)
+            total = (vectors * upstream).sum() + loss
+            torch.autograd.grad(total, (leaf, *side.parameters), allow_unused=True)
+            found[:] = [indices]
+
+        time = seconds(step, options.repeats, device, options.limit)
+        reference = found[0] if reference is None else reference
+        memory = peak_bytes(step, device)
+        result = Result(
+            kind=kind,
+            tokens=tokens,
+            dim=dim,
+            size=size,
+            what=what,
+            precision="bf16" if half else "fp32",
+            side=side.name,
+            seconds=time,
+            over_ours=time / (results[0].seconds if results else time),
+            peak_bytes=memory,
+            tables=memory / (4 * tokens * size),
+            same_codes=(found[0].view(-1) == reference.view(-1)).float().mean().item(),
+        )
+        results.append(result)
+        report(result)
+    return results
+
+
+def report(result: Result) -> None:
+    print(
+        f"  {result.kind:6s} N={result.tokens:<5d} d={result.dim:<3d} K={result.size:<6d} {result.what:16s} "
+        f"{result.precision} {result.side:24s} {result.seconds * 1e3:10.1f} ms  {result.over_ours:6.2f}x ours  "
+        f"{result.peak_bytes / 2**20:9.1f} MiB = {result.tables:7.3f} tables  same codes {result.same_codes:.2%}",
+        flush=True,
+    )
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
+    chosen = (options.tokens, options.dims, options.sizes)
+    if options.all or any(chosen):
+        tokens, dims, sizes = (given or full for given, full in zip(chosen, (TOKENS, DIMS, SIZES), strict=True))
+        grid = [(n, d, k) for n in tokens for k in sizes for d in dims]
+    else:
+        grid = QUICK
+    for kind in options.kinds:
+        if kind in ("lfq", "bsq") and not hasattr(ours, f"{kind.upper()}Codebook"):
+            print(f"  {kind}: tessera.quantizers has no {kind.upper()}Codebook, left out")
+            continue
+        # sign patterns have log2 K dimensions whatever d is
+        once = {(n, 0, k): None for n, _, k in grid} if kind in ("lfq", "bsq") else dict.fromkeys(grid)
+        for case in once:
+            yield kind, *case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--threads", default=1, type=int, help="on a CPU")
+    parser.add_argument("--all", action="store_true", help="every size")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--tokens", nargs="+", type=int, help="N")
+    parser.add_argument("--dims", nargs="+", type=int, help="d")
+    parser.add_argument("--sizes", nargs="+", type=int, help="K")
+    parser.add_argument(
+        "--passes", nargs="+", default=["forward", "forward+backward"], help="forward, forward+backward"
+    )
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="default: fp32, with CUDA also bf16")
+    parser.add_argument("--repeats", default=3, type=int)
+    parser.add_argument("--limit", default=5.0, type=float, help="seconds after which a measurement isn't repeated")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    if options.device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    precisions = options.precision or (["fp32", "bf16"] if options.device.type == "cuda" else ["fp32"])
+    if not importlib.util.find_spec("vector_quantize_pytorch"):
+        print(f"  {LIBRARY} is not installed (requirements-dev.txt), left out")
+    results: list[dict[str, Any]] = []
+    for kind, tokens, dim, size in cases(options):
+        for precision in precisions:
+            for what in options.passes if kind != "search" else ["forward"]:
+                lines = measured(kind, tokens, dim, size, what, precision == "bf16", options)
+                results += [asdict(line) for line in lines]
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
