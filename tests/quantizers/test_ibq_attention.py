@@ -51,12 +51,23 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(ibq_attention, "_LEAST_CODES", 1)
 
 
-@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.fixture
+def accelerator_tiles(monkeypatch):
+    """The tiles a GPU gets: all codes at once, in blocks of rows."""
+    plan = Tiling.plan
+    monkeypatch.setattr(
+        Tiling, "plan", lambda count, size, chunk, device: plan(count, size, chunk, torch.device("cuda"))
+    )
+    monkeypatch.setattr(ibq_attention, "_BLOCK_SCORES_ACCELERATOR", 1 << 13)
+    monkeypatch.setattr(ibq_attention, "_LEAST_ROWS", 5)
+
+
+@pytest.mark.parametrize("blocks", ["default", "small_blocks", "accelerator_tiles"])
 @pytest.mark.parametrize(("n", "k", "d", "chunk", "temperature"), SIZES)
 @pytest.mark.parametrize("part", ["vectors", "codes", "sample", "batch", "all"])
 def test_values_and_gradients_are_exact(request, blocks, n, k, d, chunk, temperature, part):
-    if blocks == "small":
-        request.getfixturevalue("small_blocks")
+    if blocks != "default":
+        request.getfixturevalue(blocks)
     x, codes, g, h = inputs(n, k, d)
     weights = {"vectors": (1, 0, 0, 0), "codes": (0, 1, 0, 0), "sample": (0, 0, 3, 0), "batch": (0, 0, 0, 7)}
     a, b, c, e = weights.get(part, (1, 1, 3, 7))

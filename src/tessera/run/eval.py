@@ -8,7 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from tessera.callbacks import GenerationFID
 from tessera.distributed import rank
+from tessera.errors import ConfigError
+from tessera.metrics.protocol import Figure
 from tessera.run.build import build_trainer, make, prepare, read_checkpoint
+from tessera.run.linear_probe import LinearProbing
 from tessera.run.load import check_token_space, load_generator, load_tokenizer
 from tessera.run.record import save_record
 from tessera.run.results import figures_of, write_results
@@ -19,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Measure the figures in `cfg.callbacks` on a checkpoint.
+    """Measure the figures in `cfg.callbacks` on a checkpoint, or what `cfg.task` measures instead.
 
     Args:
         cfg: composed from conf/eval.yaml. `ckpt` is a tokenizer's or a generator's; `data` and `metrics` default to
@@ -33,21 +36,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     adopt_training_config(cfg)
     run = prepare(cfg)
     record = save_record(cfg, run)
-    stage = build_evaluation(cfg)
-    callbacks = [callback for callback in (make(node) for node in (cfg.callbacks or {}).values()) if callback]
-    if stage.generator is None:
-        callbacks = [callback for callback in callbacks if not isinstance(callback, GenerationFID)]
-    datamodule = make(cfg.data)(serve="images")
-    trainer = build_trainer(cfg, callbacks)
+    task = make(cfg.task)
     start = time.perf_counter()
-    trainer.validate(stage, datamodule, verbose=False)
+    figures = measure_figures(cfg) if task is None else probe(cfg, task)
     results = {
         "name": cfg.name,
         "checkpoint": str(cfg.ckpt),
         "tokenizer_checkpoint": cfg.tokenizer_ckpt,
         "weights": cfg.weights,
         "seconds": round(time.perf_counter() - start, 2),
-        "figures": [figure.to_dict() for figure in figures_of(callbacks)],
+        "figures": [figure.to_dict() for figure in figures],
         "git": record.get("git"),
     }
     if rank() == 0:
@@ -56,6 +54,29 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             log.info("%s = %.4f", figure["label"], figure["value"])
         log.info("written to %s", path)
     return results
+
+
+def measure_figures(cfg: DictConfig) -> list[Figure]:
+    """Validate once, with the callbacks that apply to what the checkpoint holds."""
+    stage = build_evaluation(cfg)
+    callbacks = [callback for callback in (make(node) for node in (cfg.callbacks or {}).values()) if callback]
+    if stage.generator is None:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, GenerationFID)]
+    trainer = build_trainer(cfg, callbacks)
+    trainer.validate(stage, make(cfg.data)(serve="images"), verbose=False)
+    return figures_of(callbacks)
+
+
+def probe(cfg: DictConfig, task: LinearProbing) -> list[Figure]:
+    """Run a linear probe on a tokenizer's checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is a generator's.
+    """
+    if "generator" in read_checkpoint(cfg.ckpt)["tessera"]["architecture"]:
+        raise ConfigError(f"task=linear_probe needs a tokenizer's checkpoint; ckpt={cfg.ckpt} is a generator's")
+    tokenizer = load_tokenizer(cfg.ckpt, cfg.weights)
+    return task.run(tokenizer, make(cfg.data)(serve="images"), build_trainer(cfg, []), cfg.seed)
 
 
 def adopt_training_config(cfg: DictConfig) -> None:
