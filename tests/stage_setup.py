@@ -9,8 +9,9 @@ import torch
 from tessera.backbones import CNNDecoder, CNNEncoder
 from tessera.callbacks import EMA, ResumeState
 from tessera.data import DigitsImages, ImageDataModule, build_token_cache
-from tessera.discriminators import PatchGAN
+from tessera.discriminators import DiffAug, DINODiscriminator, PatchGAN
 from tessera.generators import RAR
+from tessera.losses import Alignment, Teacher
 from tessera.optim import CosineSchedule
 from tessera.perturbation import NearestCodePerturbation
 from tessera.quantizers import ProductQuantizer, SingleGridQuantizer
@@ -23,11 +24,11 @@ ADAM = partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
 TOKENS = 16  # 4 x 4
 
 
-def tokenizer(seed: int = 0) -> Tokenizer:
+def tokenizer(seed: int = 0, branches: int = 1) -> Tokenizer:
     torch.manual_seed(seed)
     size = {"channels": 8, "channel_multipliers": (1, 2, 2), "num_res_blocks": 1, "z_channels": 8, "norm_groups": 4}
     codebook = partial(VQCodebook, codebook_size=32)
-    quantizer = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=8)
+    quantizer = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=branches, dim=8)
     return Tokenizer(CNNEncoder(**size), quantizer, CNNDecoder(**size), 16)
 
 
@@ -52,6 +53,37 @@ def tokenizer_stage(**changes) -> TokenizerTraining:
         **changes,
     }
     return TokenizerTraining(**arguments)
+
+
+def teacher(**changes) -> Teacher:
+    """A tiny random DINOv2 of the encoder's width."""
+    torch.manual_seed(4)
+    sizes = {"embed_dim": 8, "depth": 1, "num_heads": 2}
+    settings = {"name": "vit_small_patch14_dinov2.lvd142m", "resolution": 16, "patch_size": 4, "pretrained": False}
+    return Teacher(**{**settings, "network": sizes, **changes})
+
+
+def dino(norm: str = "sbn") -> DINODiscriminator:
+    torch.manual_seed(5)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return DINODiscriminator(pretrained=False, readouts=(0, 1), norm=norm, backbone=sizes)
+
+
+def guided_stage(**changes) -> TokenizerTraining:
+    """Two branches, a teacher for each and independence of both, and augmented images before a DINO discriminator."""
+    arguments = {
+        "tokenizer": tokenizer(branches=2),
+        "discriminator": dino(),
+        "discriminator_start": 0.3,
+        "discriminator_augment": DiffAug(blur_fade=0.5),
+        "alignment": {
+            "semantic": Alignment(teacher()),
+            "detail": Alignment(teacher(features="patch"), [0], normalize=True, end_scale=9.0, projection="own"),
+        },
+        "loss_weights": {"dependency": 0.1},
+        **changes,
+    }
+    return tokenizer_stage(**arguments)
 
 
 def generator_stage(**changes) -> GeneratorTraining:

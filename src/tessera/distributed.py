@@ -59,6 +59,29 @@ def all_reduce_sum_with_grad(tensor: Tensor) -> Tensor:
     return _AllReduceSum.apply(tensor) if is_distributed() else tensor
 
 
+class _AllGather(torch.autograd.Function):
+    """Concatenation over processes whose gradient is the sum over processes of the own part's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad).chunk(world_size())[rank()]
+
+
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
+    """Concatenate (N, ...) of all processes, in rank order, to (W N, ...); equal N on all of them.
+
+    Where every process computes the same joint loss of the result, each gets W times that loss's gradient of its own
+    part, which the mean that DistributedDataParallel takes undoes.
+    """
+    return _AllGather.apply(tensor) if is_distributed() else tensor
+
+
 def broadcast_object(value: Any) -> Any:
     """The value of rank 0 on every rank (picklable objects)."""
     if not is_distributed():

@@ -39,6 +39,14 @@ class SampleRng(Protocol):
         in `IndexedRng`, and fresh draws in `GeneratorRng`."""
         ...
 
+    def shared(self, stream: str, *shape: int) -> Tensor:
+        """`shape` float32 in [0, 1) on the CPU: one draw for the whole batch, equal on all processes."""
+        ...
+
+    def named(self, name: str) -> "SampleRng":
+        """The same source for another purpose: streams of equal names are different ones behind it."""
+        ...
+
 
 class IndexedRng:
     """Draws keyed by (seed, step, sample index).
@@ -47,10 +55,11 @@ class IndexedRng:
         seed: any int; the run's seed.
         index: (B,) int64, the sample's identity (data set index, or the running number of a generated image).
         step: training step or epoch, so that the same sample gets new draws later; 0 for evaluation.
+        name: prefix of all streams.
     """
 
-    def __init__(self, seed: int, index: Tensor, step: int = 0):
-        self.seed, self.step, self.index = int(seed), int(step), index.to(torch.int64)
+    def __init__(self, seed: int, index: Tensor, step: int = 0, name: str = ""):
+        self.seed, self.step, self.index, self.name = int(seed), int(step), index.to(torch.int64), name
 
     def uniform(self, stream: str, *shape: int) -> Tensor:
         count = 1
@@ -59,13 +68,20 @@ class IndexedRng:
         device = self.index.device
         # filled on the device: a copy from the host would wait for it
         key = torch.full((1,), self.seed, dtype=torch.int64, device=device)
-        key = _mix(key * _GAMMA + _stream_key(stream))
+        key = _mix(key * _GAMMA + _stream_key(self.name + stream))
         key = _mix((key + self.step) * _GAMMA)
         key = _mix((key + self.index) * _GAMMA)  # (B,)
         sites = torch.arange(1, count + 1, dtype=torch.int64, device=device)
         bits = _mix(key[:, None] + sites[None, :] * _GAMMA)
         top24 = (bits >> 40) & ((1 << 24) - 1)
         return (top24.to(torch.float32) / (1 << 24)).view(len(self.index), *shape)
+
+    def shared(self, stream: str, *shape: int) -> Tensor:
+        alone = IndexedRng(self.seed, torch.zeros(1, dtype=torch.int64), self.step, f"{self.name}shared/")
+        return alone.uniform(stream, *shape)[0]
+
+    def named(self, name: str) -> "IndexedRng":
+        return IndexedRng(self.seed, self.index, self.step, f"{self.name}{name}/")
 
 
 class GeneratorRng:
@@ -79,6 +95,12 @@ class GeneratorRng:
     def uniform(self, stream: str, *shape: int) -> Tensor:
         draws = torch.rand(self.batch_size, *shape, generator=self.generator, device=self.device)
         return draws.to(self.target)
+
+    def shared(self, stream: str, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.device).cpu()
+
+    def named(self, name: str) -> "GeneratorRng":
+        return self
 
 
 def as_sample_rng(
@@ -108,3 +130,12 @@ def exponential(uniform: Tensor) -> Tensor:
     code in one image of 16.
     """
     return -torch.log1p(-(uniform + 2.0**-25).clamp_max_(1 - 2.0**-24))
+
+
+def normal(uniform: Tensor) -> Tensor:
+    """Map uniforms in [0, 1) on a grid of 2^-24 to N(0, 1) draws in [-5.4, 5.4], by the inverse distribution function.
+
+    Each draw stands for the middle of its grid cell, so that none is infinite.
+    """
+    # in float64: 1 - 2^-25 is no float32
+    return (2 * (uniform.double() + 2.0**-25) - 1).erfinv().mul(2**0.5).to(uniform.dtype)

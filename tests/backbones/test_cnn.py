@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from golden_cases import assert_close, golden
 from tessera.backbones import CNNDecoder, CNNEncoder
-from tessera.backbones.cnn import Downsample
+from tessera.backbones.cnn import AttnBlock, Downsample, ResnetBlock
 from tessera.errors import ConfigError
 
 TINY = {
@@ -17,19 +20,57 @@ TINY = {
 
 
 @pytest.mark.parametrize(
-    ("multipliers", "encoder_millions", "decoder_millions"),
-    [((1, 1, 2, 2, 4), 29.298, 42.450), ((1, 2, 2, 4), 28.559, 41.415)],
-    ids=["VQ-16", "VQ-8"],
+    ("sizes", "encoder_millions", "decoder_millions"),
+    [
+        ({}, 29.298, 42.450),
+        ({"channel_multipliers": (1, 2, 2, 4)}, 28.559, 41.415),
+        ({"num_res_blocks": 4}, 46.752, 59.904),
+        ({"channels": 160, "z_channels": 32}, 44.108, 64.654),
+    ],
+    ids=["VQ-16", "VQ-8", "IBQ", "VAR"],
 )
-def test_published_parameter_counts(multipliers, encoder_millions, decoder_millions):
+def test_published_parameter_counts(sizes, encoder_millions, decoder_millions):
     with torch.device("meta"):
-        encoder, decoder = (
-            CNNEncoder(channel_multipliers=multipliers),
-            CNNDecoder(channel_multipliers=multipliers),
-        )
+        encoder, decoder = CNNEncoder(**sizes), CNNDecoder(**sizes)
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 3) == encoder_millions
     assert round(sum(p.numel() for p in decoder.parameters()) / 1e6, 3) == decoder_millions
-    assert encoder.downsample == decoder.upsample == 2 ** (len(multipliers) - 1)
+    assert encoder.downsample == decoder.upsample == 2 ** (len(sizes.get("channel_multipliers", "12345")) - 1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["ibq_blocks"])
+def test_published_blocks(case):
+    file = golden(case)
+    cin, cout = file.config["cin"], file.config["cout"]
+    blocks = nn.ModuleDict({"res": ResnetBlock(cin, cout, 32, 0.0), "attn": AttnBlock(cout, 32)})
+    blocks.load_state_dict(file.weights)
+    x = file.input["x"]
+    with torch.no_grad():
+        res = blocks["res"](x)
+        ours = {
+            "res": res,
+            "attn_of_res": blocks["attn"](res),
+            "norm1": blocks["res"].norm1(x),
+            "swish": F.silu(x[:1, :4]),
+        }
+    assert set(file.output) == set(ours), "every recorded output is compared"
+    for name, expected in file.output.items():
+        assert_close(ours[name], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [None, [], [0, 2]])
+def test_attention_lies_where_it_is_asked_for(levels):
+    encoder, decoder = CNNEncoder(**TINY, attention_levels=levels), CNNDecoder(**TINY, attention_levels=levels)
+    found = {level for level, part in enumerate(encoder.conv_blocks) if len(part.attn)}
+    mirrored = {2 - level for level, part in enumerate(decoder.conv_blocks) if len(part.attn)}
+    assert found == mirrored == set([2] if levels is None else levels)
+    assert decoder(encoder(torch.randn(1, 3, 8, 8))).shape == (1, 3, 8, 8)
+
+
+def test_middle_without_attention():
+    for part in (CNNEncoder(**TINY, mid_attention=False), CNNDecoder(**TINY, mid_attention=False)):
+        assert not any(isinstance(module, AttnBlock) for module in part.mid.modules())
+        assert "mid.2.conv1.weight" in part.state_dict()
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 20)])
@@ -94,6 +135,7 @@ def test_dropout_acts_in_training_only():
         ({"channel_multipliers": []}, r"channel_multipliers=\[\]"),
         ({"channel_multipliers": [1, 0]}, r"channel_multipliers=\[1, 0\]"),
         ({"dropout": 1.5}, r"dropout=1\.5"),
+        ({"attention_levels": [3]}, r"attention_levels=\[3\]"),
     ],
 )
 def test_refusals_name_the_key(cls, change, message):

@@ -4,10 +4,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from forked import run_forked
+from golden_cases import assert_close, golden
 from stage_setup import data, generator_stage, tokenizer_stage, trainer
-from tessera.callbacks import EMA
-from tessera.callbacks.ema import ema_weights
+from tessera.callbacks import EMA, ema
+from tessera.callbacks.ema import average, ema_weights, warmed_decay
 from tessera.errors import ConfigError
+from tessera.zoo import ibq
 
 
 class FakeTrainer:
@@ -84,36 +86,19 @@ def test_averages_travel_in_checkpoints():
     assert other.averaged_state_dict()["part"]["weight"].item() == 4.0
 
 
-class Updates(EMA):
-    """Notes the global steps at which the averages move."""
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.steps = []
-
-    def on_fit_start(self, trainer, pl_module):
-        super().on_fit_start(trainer, pl_module)
-        for averaged_model in self.averages.values():
-            update = averaged_model.update_parameters
-            averaged_model.update_parameters = lambda module, update=update: (
-                self.steps.append(trainer.global_step),
-                update(module),
-            )
-
-
-def test_one_update_per_optimizer_step_also_after_resuming_with_accumulation(tmp_path):
+def test_one_update_per_optimizer_step_also_after_resuming_with_accumulation(tmp_path, monkeypatch):
     def fit(max_steps, ckpt_path=None):
-        callback = Updates(decay=0.9)
-        fitted = trainer(tmp_path, max_steps, [callback])
+        fitted, steps = trainer(tmp_path, max_steps, [EMA(decay=0.9)]), []
+        monkeypatch.setattr(ema, "average", lambda *_: steps.append(fitted.global_step))
         stage = generator_stage(accumulate_grad_batches=3)
         fitted.fit(stage, data("tokens", tmp_path, batch_size=16), ckpt_path=ckpt_path, weights_only=True)
-        return callback, fitted
+        return steps, fitted
 
     first, fitted = fit(2)
-    assert first.steps == [1, 2]
+    assert first == [1, 2]
     fitted.save_checkpoint(tmp_path / "a.ckpt")
     # the first two batches after resuming only accumulate
-    assert fit(4, tmp_path / "a.ckpt")[0].steps == [3, 4]
+    assert fit(4, tmp_path / "a.ckpt")[0] == [3, 4]
 
 
 def test_validation_sees_the_averages_and_training_the_weights(tmp_path):
@@ -169,3 +154,96 @@ def _averages_on_rank(rank, world):
 def test_averages_agree_over_processes():
     # the mean gradient is (1, 4): weights 1 -> (0, -3) -> (-1, -7), averages (0.5, -1) -> (-0.25, -4)
     assert run_forked(_averages_on_rank) == [[[-0.25, -4.0]]] * 2
+
+
+def test_the_decay_rises_with_warmup_and_the_same_after_resuming():
+    expected, shadow = [], 0.0
+    for update, weight in enumerate([8.0, 3.0, 5.0], start=1):
+        decay = min(0.25, (1 + update) / (10 + update))
+        shadow = decay * shadow + (1 - decay) * weight
+        expected.append(shadow)
+    weights = [0.0, 8.0, 3.0, 5.0]
+    assert averaged(EMA(decay=0.25, warmup=True), weights)[0] == pytest.approx(expected)
+    assert averaged(EMA(decay=0.25, warmup=True, warmup_delay=1), weights)[0][0] == 8.0
+    callback = EMA(decay=0.9, warmup=True)
+    callback.averages = {"part": nn.BatchNorm1d(1)}
+    callback.full_decay, callback.last_step = 0.9, 4
+    fake, stage = FakeTrainer(), FakeStage()
+    with torch.no_grad():
+        stage.part.weight.fill_(3.0)
+    fake.global_step = 5
+    callback.on_train_batch_end(fake, stage, None, None, 0)
+    assert callback.averages["part"].weight.item() == pytest.approx(6 / 15 * 1 + 9 / 15 * 3)
+    for wrong in ({"warmup_delay": 1}, {"warmup": True, "warmup_delay": -1}):
+        with pytest.raises(ConfigError, match=r"callbacks\.ema\.warmup_delay"):
+            EMA(decay=0.9, **wrong)
+
+
+def named_parameters(values):
+    """A module with parameters of given dotted names."""
+    module = nn.Module()
+    for name, value in values.items():
+        *path, last = name.split(".")
+        node = module
+        for part in path:
+            if not hasattr(node, part):
+                node.add_module(part, nn.Module())
+            node = getattr(node, part)
+        node.register_parameter(last, nn.Parameter(value.clone()))
+    return module
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["titok_ema"])
+def test_published_average_of_titok(case):
+    file = golden(case)
+    live, shadow = named_parameters(file.weights), named_parameters(file.weights)
+    live.frozen.requires_grad_(False)
+    decay = file.config["decay"]
+    for step in range(file.config["steps"]):
+        with torch.no_grad():
+            for name, parameter in live.named_parameters():
+                parameter.copy_(file.input[f"param_{name}"][step])
+        used = warmed_decay(step + 1 - 1, decay)  # the first copies
+        assert_close(torch.tensor(used), file.output["decay_used"][step], atol=1e-6)
+        average(shadow, live, used)
+    for name, parameter in shadow.named_parameters():
+        assert_close(parameter.detach(), file.output[f"shadow/{name}"], atol=1e-6)
+    found = [warmed_decay(step - 1, decay) for step in file.input["probe_steps"].tolist()]
+    assert_close(torch.tensor(found), file.output["decay_at"], atol=1e-6)
+
+
+def published_step(part, number):
+    prefix = f"params_step{number}/"
+    return {name.removeprefix(prefix): value for name, value in part.items() if name.startswith(prefix)}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["ibq_ema"])
+def test_published_average_of_ibq(case):
+    """Shadows by step, and which weights the zoo takes out of such a checkpoint."""
+    file = golden(case)
+    start = {name: value for name, value in published_step(file.input, 0).items() if "perceptual" not in name}
+    live, shadow = named_parameters(start), named_parameters(start)
+    for update in range(1, file.config["n_updates"] + 1):
+        weights = published_step(file.input, update)
+        with torch.no_grad():
+            for name, parameter in live.named_parameters():
+                parameter.copy_(weights[name])
+        decay = file.config["decay"]
+        average(shadow, live, warmed_decay(update, decay) if file.config["use_num_updates"] else decay)
+        for name, parameter in shadow.named_parameters():
+            expected = file.output[f"ema_step{update}/{name.replace('.', '')}"]
+            assert_close(parameter.detach(), expected, atol=1e-6)
+        count = file.output[f"ema_step{update}/num_updates"].item()
+        assert count == (update if file.config["use_num_updates"] else -1)
+    checkpoint = {
+        name.removeprefix("checkpoint/"): v for name, v in file.output.items() if name.startswith("checkpoint/")
+    }
+    for weights, stage in (("ema", "transformer_stage_ema/"), ("live", "transformer_stage_no_ema/")):
+        taken = ibq.public_weights(checkpoint, weights)
+        expected = {name.removeprefix(stage): v for name, v in file.output.items() if name.startswith(stage)}
+        assert set(taken) == set(expected)
+        assert all(torch.equal(value, expected[name]) for name, value in taken.items())
+    for name, parameter in shadow.named_parameters():
+        assert_close(parameter.detach(), file.output[f"copy_to/{name}"], atol=1e-6)

@@ -74,6 +74,11 @@ def test_one_setting_by_hand():
     assert figure.value == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
+def test_a_codebook_too_small_for_distinct_deltas():
+    """K = 16 scales all three deltas to 2: each setting is measured once."""
+    assert run().value == pytest.approx(run(deltas=[2]).value, rel=1e-9)
+
+
 def test_delta_one_is_rfid():
     figure = run(deltas=[1])
     assert figure.value == pytest.approx(figure.details["control_rfid"], rel=1e-12)

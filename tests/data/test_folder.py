@@ -1,6 +1,7 @@
 """Data sets in ImageNet's layout, and what can be wrong with the files."""
 
 import logging
+import pickle
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from data.pictures import image_folder, picture
 from tessera.data import FolderImages
+from tessera.data.transforms import RESIZES
 from tessera.errors import ConfigError, DataError, MissingFileError
 
 
@@ -49,6 +51,23 @@ def test_flips_alone_leave_the_fixed_crop(folder):
     assert 4 < sum(seen) < 16
     still = FolderImages("train", folder, resolution=16, random_crop=False, flip=False)
     assert not still.augment and torch.equal(still[9, 0]["image"], fixed[0])
+
+
+@pytest.mark.parametrize("crop", ["adm", "bicubic", "bilinear", "var"])
+def test_crops_at_random_positions_of_the_fixed_size(folder, crop):
+    """Each view is a part of the image that the fixed crop cuts from, in several places."""
+    train = FolderImages("train", folder, resolution=16, crop=crop, random_crop="position", flip=False)
+    train = pickle.loads(pickle.dumps(train))
+    image, _ = train.read(0)
+    resized = np.asarray(RESIZES[crop](image, 16))
+    found = set()
+    for epoch in range(12):
+        view = ((train[epoch, 0]["image"].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+        windows = np.lib.stride_tricks.sliding_window_view(resized, (16, 16), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+        places = np.argwhere((windows == view).all((2, 3, 4)))
+        assert len(places), "the view is no part of the resized image"
+        found.add(tuple(places[0]))
+    assert len(found) > 1
 
 
 def test_validation_is_not_augmented(folder):
@@ -147,6 +166,8 @@ def test_a_class_without_readable_images_is_an_error(folder):
         images[4]
     with pytest.raises(ConfigError, match=r"data\.dataset\.on_error='ignore'"):
         FolderImages("train", folder, on_error="ignore")
+    with pytest.raises(ConfigError, match=r"data\.dataset\.random_crop='centre'.*position"):
+        FolderImages("train", folder, random_crop="centre")
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "RGB"])

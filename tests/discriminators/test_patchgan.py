@@ -95,3 +95,33 @@ def test_initialisation():
     assert convolutions.std().item() == pytest.approx(0.02, rel=0.01) and abs(convolutions.mean()) < 1e-4
     assert scales.mean().item() == pytest.approx(1.0, abs=0.01) and scales.std().item() == pytest.approx(0.02, rel=0.2)
     assert all((m.bias == 0).all() for m in norms)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["ibq_discriminator"])
+def test_published_by_ibq(case):
+    data = golden(case)
+    model = PatchGAN(3, data.config["ndf"], data.config["n_layers"])
+    model.load_state_dict(data.weights, strict=True)
+    with torch.no_grad():
+        assert_close(model.eval()(data.input["x"]), data.output["logits_eval"], atol=1e-6)
+        assert_close(model.train()(data.input["x"]), data.output["logits_train"], atol=5e-6)
+    running = {k.split("/", 1)[1]: v for k, v in data.output.items() if k.startswith("after_train_forward/")}
+    assert len(running) == 3 * data.config["n_layers"]
+    for name, expected in running.items():
+        assert_close(model.state_dict()[name], expected, atol=1e-6)
+
+
+def test_norms_and_biases():
+    """A convolution has a bias where no batch norm follows it."""
+    for norm, kind in (("batch", JointBatchNorm2d), ("group", nn.GroupNorm), ("none", None)):
+        model = PatchGAN(3, 4, 2, norm)
+        biases = [m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert biases == [True, norm != "batch", norm != "batch", True]
+        norms = [m for m in model.main if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+        assert len(norms) == (2 if kind else 0) and all(isinstance(m, kind) for m in norms)
+        assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 1, 2, 2)
+    with pytest.raises(ConfigError, match=r"discriminator\.norm='layer' is unknown"):
+        PatchGAN(norm="layer")
+    with pytest.raises(ConfigError, match=r"discriminator\.norm=group needs widths"):
+        PatchGAN(channels=9, norm="group", num_layers=3)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from stage_setup import STAGES, data, standard_callbacks, trainer
+from stage_setup import STAGES, data, guided_stage, standard_callbacks, trainer
 from tessera.callbacks import LastCheckpoint
 from tessera.stages import TokenizerTraining
+
+STAGES = {**STAGES, "guided": (guided_stage, "images")}
 
 
 class Losses(lightning.pytorch.callbacks.Callback):
@@ -47,7 +49,14 @@ def run(
 # an epoch has 22 batches of 64
 @pytest.mark.parametrize(
     ("name", "stop", "workers"),
-    [("tokenizer", 13, 0), ("tokenizer", 22, 0), ("tokenizer", 13, 2), ("generator", 13, 0), ("post_training", 13, 0)],
+    [
+        ("tokenizer", 13, 0),
+        ("tokenizer", 22, 0),
+        ("tokenizer", 13, 2),
+        ("generator", 13, 0),
+        ("post_training", 13, 0),
+        ("guided", 13, 0),
+    ],
 )
 def test_resuming_is_exact(tmp_path, monkeypatch, name, stop, workers):
     for stage in ("TokenizerTraining", "GeneratorTraining", "DecoderPostTraining"):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from forked import run_forked
-from stage_setup import STAGES, data, generator, token_cache, trainer
+from stage_setup import STAGES, data, generator, guided_stage, token_cache, trainer
+
+STAGES = {**STAGES, "guided": (guided_stage, "images")}
 
 
 def _no_dropout(name):

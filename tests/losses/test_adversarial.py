@@ -42,3 +42,23 @@ def test_half_precision_logits_are_averaged_in_float32():
 def test_unknown_names(key):
     with pytest.raises(ConfigError, match=rf"stage\.adversarial\.{key}='wasserstein' is unknown; choose one of hinge"):
         AdversarialLoss(**{key: "wasserstein"})
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["ibq_losses"])
+def test_adversarial_losses_of_ibq(case):
+    data = golden(case)
+    real, fake = data.output["val/logits_real"], data.output["val/logits_fake"]
+    assert_close(AdversarialLoss("hinge").discriminator(real, fake), data.output["val/hinge"], atol=1e-6)
+    assert_close(AdversarialLoss("vanilla").discriminator(real, fake), data.output["val/vanilla"], atol=1e-6)
+    per_image = AdversarialLoss(generator="non_saturating", per_image=True)
+    assert_close(per_image.generator(fake), data.output["val/nonsat_gen"], atol=1e-6)
+    # IBQ sums the two halves of the discriminator's non-saturating loss, which it cannot select, over images' means
+    means = [logits.flatten(1).mean(1) for logits in (real, fake)]
+    soft = AdversarialLoss("non_saturating").discriminator(*means)
+    assert_close(2 * soft, data.output["val/nonsat_disc"], atol=1e-6)
+
+
+def test_hinge_does_not_ask_for_images():
+    fake = torch.randn(3, 1, 4, 5)
+    torch.testing.assert_close(AdversarialLoss(per_image=True).generator(fake), AdversarialLoss().generator(fake))

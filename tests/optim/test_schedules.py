@@ -1,10 +1,19 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from golden_cases import assert_close, golden
 from tessera.errors import ConfigError
-from tessera.optim import ConstantSchedule, CosineSchedule, LinearSchedule
+from tessera.optim import (
+    ConstantSchedule,
+    CosineSchedule,
+    DropSchedule,
+    EpochCosineSchedule,
+    HeldLinearSchedule,
+    LinearSchedule,
+)
 from tessera.optim.schedules import cosine_lr
 
 
@@ -16,6 +25,77 @@ def test_published_learning_rate(case):
     for step, expected in zip(data.input["lr_steps"].tolist(), data.output["lr"], strict=True):
         actual = cosine_lr(step, lr["base"], lr["warmup"], lr["total"], lr["end"])
         assert_close(torch.tensor(actual), expected, atol=1e-9, rtol=1e-5)
+
+
+def course(schedule, total, lr, weight_decay=0.0):
+    """Rates and weight decays of all steps of a training, of a group with and one without weight decay."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    optimizer = torch.optim.SGD(groups, lr=lr)
+    scheduler, found = schedule(optimizer, total), []
+    for _ in range(total):
+        found.append([optimizer.param_groups[0]["lr"], *(group["weight_decay"] for group in optimizer.param_groups)])
+        optimizer.step()
+        scheduler.step()
+    return torch.tensor(found, dtype=torch.float64).unbind(1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["xqgan_lr_schedule"])
+def test_published_rates_per_epoch(case):
+    data = golden(case)
+    options, steps = data.config, 3  # per epoch
+    scale, epochs, start = options["global_batch_size"] / 128, options["epochs"], options["disc_epoch_start"]
+    fixed = {"warmup_lr": 1e-5, "min_lr": 5e-5}
+    tokenizer, _, _ = course(EpochCosineSchedule(epochs, 1, **fixed), steps * epochs, options["lr"] * scale)
+    assert_close(1e4 * tokenizer, data.output["lr_gen"].repeat_interleave(steps).double(), atol=1e-6)
+    left = epochs - start
+    schedule = EpochCosineSchedule(left, int(0.02 * epochs), **fixed)
+    discriminator, _, _ = course(schedule, steps * left, options["disc_lr"] * scale)
+    # before its start the published discriminator waits at the warm-up's rate; ours does not run
+    assert_close(1e4 * discriminator, data.output["lr_disc"][start:].repeat_interleave(steps).double(), atol=1e-6)
+    assert_close(data.output["lr_disc"][:start], torch.full((start,), 0.1))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["ibq_schedules"])
+def test_published_rates_of_ibq(case):
+    data, close = golden(case), {"atol": 1e-12, "rtol": 2e-6}
+    for name, options in data.config["ar"].items():
+        lr, decay = options["lr"], options["weight_decay"]
+        schedule = HeldLinearSchedule(
+            warmup_lr=lr * options["wp0"],
+            warmup_steps=round(options["wp"] * options["iters_per_epoch"]),
+            min_lr=lr * options["wpe"],
+            end_weight_decay=options["twde"] or decay,
+        )
+        found = course(schedule, options["max_epochs"] * options["iters_per_epoch"], lr, decay)
+        assert_close(found[0], data.output[f"ar/{name}/lr"].double(), **close)
+        assert_close(found[1], data.output[f"ar/{name}/wd_decay_group"].double(), **close)
+        assert (found[2] == 0).all(), "the group without decay keeps none, against the published code"
+    for name, options in data.config["pretrain"].items():
+        lr, total, warmup = options["lr"], options["max_iter"], options["wp_iter"]
+        ends = {"warmup_steps": warmup, "min_lr": lr * options["wpe"]}
+        expected = data.output[f"pretrain/{name}/lr"].double()
+        if options["sche_type"] == "lin0":
+            schedule = HeldLinearSchedule(warmup_lr=lr * options["wp0"], **ends)
+            assert_close(course(schedule, total, lr)[0], expected, **close)
+        else:  # which reaches its end with the last step
+            assert options["wp0"] == 0
+            ours = [cosine_lr(step, lr, warmup, total - 1, ends["min_lr"]) for step in range(total)]
+            assert_close(torch.tensor(ours, dtype=torch.float64), expected, **close)
+    steps = 3  # per epoch
+    for name, options in data.config["tokenizer"].items():
+        epochs, drops = options["max_epochs"], options["lr_drop_epoch"]
+        expected = data.output[f"tokenizer/{name}/lr_during_epoch"].double().repeat_interleave(steps)
+        for times in ({"drop_fractions": [e / epochs for e in drops]}, {"drop_steps": [steps * e for e in drops]}):
+            schedule = DropSchedule(factor=options["lr_drop_rate"], **times)
+            assert_close(course(schedule, steps * epochs, options["lr"])[0], expected, **close)
+    for name, options in data.config["lambda"].items():
+        expected = data.output[f"lambda/{name}/multiplier"].double()
+        warmup, total = options["warmup"], options["max_steps"]
+        kind = ConstantSchedule if options["kind"] == "linear-warmup" else CosineSchedule
+        ours = course(kind(warmup_steps=warmup), total, 1.0)[0]
+        assert_close(ours.clamp_min(options.get("mult_min", 0.0)).where(torch.arange(total) >= warmup, ours), expected)
 
 
 def rates(schedule, total=10, lr=1.0):
@@ -52,7 +132,35 @@ def test_impossible_schedules(arguments, match):
         rates(CosineSchedule(**arguments))
 
 
-@pytest.mark.parametrize("schedule", [ConstantSchedule, CosineSchedule, LinearSchedule])
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: EpochCosineSchedule(0), r"scheduler\.epochs=0"),
+        (lambda: EpochCosineSchedule(2, 3), r"scheduler\.warmup_epochs=3"),
+        (lambda: HeldLinearSchedule(hold=1.0), r"scheduler\.hold=1\.0"),
+        (lambda: HeldLinearSchedule(warmup_lr=-1.0), r"scheduler\.warmup_lr=-1\.0"),
+        (lambda: CosineSchedule(end_weight_decay=-1.0), r"scheduler\.end_weight_decay=-1\.0"),
+        (lambda: DropSchedule(), r"one of scheduler\.drop_fractions and scheduler\.drop_steps"),
+        (lambda: DropSchedule([0.5], [3]), "one of"),
+        (lambda: DropSchedule([1.5]), r"scheduler\.drop_fractions=\[1\.5\]"),
+        (lambda: DropSchedule(drop_steps=[-1]), r"scheduler\.drop_steps=\[-1\]"),
+        (lambda: DropSchedule([0.5], factor=2.0), r"scheduler\.factor=2\.0"),
+    ],
+)
+def test_impossible_settings(build, match):
+    with pytest.raises(ConfigError, match=match):
+        build()
+
+
+def test_epochs_that_steps_do_not_fill():
+    found = rates(EpochCosineSchedule(3, 1, warmup_lr=0.5), total=10)
+    assert found[:4] == [0.5] * 4 and len(set(found[:10])) == 3  # 4 + 3 + 3 steps
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [ConstantSchedule, CosineSchedule, LinearSchedule, HeldLinearSchedule, partial(DropSchedule, [0.4])],
+)
 def test_a_schedule_continues_from_its_step_alone(schedule):
     whole = rates(schedule(warmup_steps=3), total=12)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

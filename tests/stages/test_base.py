@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,12 +98,21 @@ def test_steps_of_whole_epochs(tmp_path, windows, warmup, expected):
 
 def test_loss_check_names_the_term():
     check = LossCheck()
+    trainer = SimpleNamespace(global_step=7, checkpoint_callbacks=[], ckpt_path=None)
     check.add(["a", "b"], [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)])
-    check(3)
+    check(trainer)
     check.add(["a"], [torch.tensor(1.0)])
     check.add(["train/loss/b", "c"], [torch.tensor(math.inf), torch.tensor(math.nan)])
-    with pytest.raises(DivergedError, match=r"train/loss/b is not finite at step 7 \(inf\).*optimizer\.lr"):
-        check(7)
+    with pytest.raises(
+        DivergedError, match=r"train/loss/b is not finite at step 7 \(inf\); start anew .*optimizer\.lr"
+    ):
+        check(trainer)
+    check = LossCheck(limit=100)
+    check.add(["a", "b"], [torch.tensor(100.0), torch.tensor(-101.0)])
+    with pytest.raises(DivergedError, match=r"^b exploded at step 7 \(-101\.0\)"):
+        check(trainer)
+    with pytest.raises(ConfigError, match=r"stage\.loss_limit=0\.0"):
+        LossCheck(0.0)
 
 
 @pytest.mark.parametrize("term", ["codebook", "adversarial", "discriminator"])
@@ -120,6 +130,25 @@ def test_every_loss_is_checked_before_its_step(tmp_path, term):
     assert stage.trainer.global_step == 2 and all(p.isfinite().all() for p in stage.parameters())
 
 
+def test_a_diverged_loss_names_the_last_good_checkpoint(tmp_path):
+    def fit(path=None):
+        stage = tokenizer_stage(discriminator=None, perturbation=None, loss_limit=50.0)
+        stage.pixel_loss = lambda x, y: (x - y).square().mean() * (1e3 if stage.trainer.global_step == 3 else 1)
+        callbacks = [LastCheckpoint(tmp_path, every_n_steps=2)]
+        trainer(tmp_path, 9, callbacks, enable_checkpointing=True).fit(
+            stage, data("images", None, batch_size=16), ckpt_path=path, weights_only=True
+        )
+
+    last = tmp_path / "last.ckpt"
+    match = rf"train/loss/reconstruction exploded at step 3.*continue from ckpt={last} with"
+    with pytest.raises(DivergedError, match=match):
+        fit()
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    last.rename(tmp_path / "former.ckpt")
+    with pytest.raises(DivergedError, match=rf"step 3.*continue from ckpt={tmp_path}/former\.ckpt"):
+        fit(tmp_path / "former.ckpt")
+
+
 class Destroy(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step == 2:
@@ -129,7 +158,8 @@ class Destroy(Callback):
 def test_destroyed_weights_do_not_replace_the_last_checkpoint(tmp_path):
     callbacks = [Destroy(), LastCheckpoint(tmp_path, every_n_steps=1)]
     stage = tokenizer_stage(discriminator=None)
-    with pytest.raises(DivergedError, match=r"weight tokenizer\.quant_conv\.weight is not finite at step 2"):
+    match = rf"weight tokenizer\.quant_conv\.weight is not finite at step 2.*ckpt={tmp_path}/last\.ckpt with a lower"
+    with pytest.raises(DivergedError, match=match):
         trainer(tmp_path, 9, callbacks, enable_checkpointing=True).fit(stage, data("images", None, batch_size=16))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 

@@ -245,3 +245,31 @@ def test_refuses_groups_that_are_not_the_branches():
     model = build(branches=1)
     with pytest.raises(ConfigError, match=r"backbone\.encoder\.groups"):
         Tokenizer(TwoGroups(), model.quantizer, model.decoder, 8)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, None])
+def test_projection_kernel(kernel):
+    sizes = {**SIZES, "z_channels": 8}
+    codebook = partial(VQCodebook, codebook_size=32)
+    quantizer = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=8)
+    tokenizer = Tokenizer(CNNEncoder(**sizes), quantizer, CNNDecoder(**sizes), 8, projection_kernel=kernel)
+    images = pictures()
+    tokens = tokenizer.eval().tokenize(images)
+    assert tokens.shape == (3, 1, 16)
+    assert_close(tokenizer.detokenize(tokens), tokenizer.reconstruct(images))
+    if kernel is None:
+        assert not list(tokenizer.quant_conv.parameters()) + list(tokenizer.post_quant_conv.parameters())
+        assert torch.equal(tokenizer.encode(images), tokenizer.encoder(images))
+    else:
+        assert tokenizer.quant_conv.weight.shape == tokenizer.post_quant_conv.weight.shape == (8, 8, kernel, kernel)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [(2, "projection_kernel=2 must be odd"), (-1, "must be odd"), (None, "12 meet 8 between backbone.encoder")],
+)
+def test_refuses_impossible_projections(kernel, message):
+    codebook = partial(VQCodebook, codebook_size=32)
+    quantizer = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=8)
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer(CNNEncoder(**SIZES), quantizer, CNNDecoder(**SIZES), 8, projection_kernel=kernel)

@@ -1,5 +1,6 @@
 """Published XQ-GAN tokenizers: parity, strictness, unsupported options."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,16 +8,23 @@ import torch
 from torch import Tensor
 
 from golden_cases import assert_close, golden
+from tessera.backbones import merge
+from tessera.backbones.tuning import adapters
 from tessera.errors import CheckpointError, ConfigError
 from tessera.tokenizers import Tokenizer
-from tessera.zoo import from_public
-from tessera.zoo.keys import XQGAN_IGNORED, XQGAN_SINGLE_GRID, rename
+from tessera.zoo import export, from_pretrained, from_public
+from tessera.zoo.export import build
+from tessera.zoo.keys import XQGAN, XQGAN_IGNORED, load_strictly, rename
+from tessera.zoo.xqgan import architecture
 
-CASE = "xqgan_cnn_vq"
+SINGLE_GRID = ["xqgan_cnn_vq", "xqgan_vq", "xqgan_vq_learnedpos", "xqgan_vp2", "xqgan_mixed"]
+MULTI_SCALE = ["xqgan_msvr_p2", "xqgan_msbr_p2", "xqgan_cnn_msvr"]
+CASES = SINGLE_GRID + MULTI_SCALE
 
 
 def public_config(file) -> dict[str, Any]:
-    return {**file.config["model"], **file.config["tiny_cnn"]}
+    config = file.config
+    return {**config["model"], **(config.get("tiny_cnn") or {}), **(config.get("tiny_backbone") or {})}
 
 
 def branch_and_scale(name: str) -> tuple[int, int]:
@@ -25,29 +33,59 @@ def branch_and_scale(name: str) -> tuple[int, int]:
     return int(branch.removeprefix("b")), int(scale.removeprefix("s"))
 
 
+def rows_of_branches(maps: Tensor, branches: int, rows: bool) -> Tensor:
+    """(B, P C, h, w) in the recorded layout: with rows (B, C, P h w, 1), branch by branch; else as it is."""
+    if not rows:
+        return maps
+    parts = [part.flatten(2) for part in maps.chunk(branches, dim=1)]
+    return torch.cat(parts, dim=2).unsqueeze(3)
+
+
 def differences(tokenizer: Tokenizer, file) -> dict[str, Any]:
     """Every recorded output beside ours."""
     image, size = file.input["image"], file.config["model"]["codebook_embed_dim"]
+    branches = tokenizer.quantizer.num_branches
     with torch.no_grad():
-        z = tokenizer.encode(image)
+        features, z = tokenizer.encoder(image), tokenizer.encode(image)
         tokens = tokenizer.tokenize(image)
         z_q = tokenizer.quantizer.decode(tokens)
+        if file.output["encoder_out"].ndim == 3:  # a ViT's tokens
+            features = rows_of_branches(features, branches, rows=True).squeeze(3).transpose(1, 2)
         ours: dict[str, Tensor] = {
-            "encoder_out": tokenizer.encoder(image),
-            "encode": z,
+            "encoder_out": features,
+            "encode": rows_of_branches(z, branches, rows=branches > 1),
             "recon_last": tokenizer.reconstruct(image),
             "decode_noclamp": tokenizer.decode(z_q),
             "fhat_to_img": tokenizer.detokenize(tokens),
-            "image_from_codes": tokenizer.detokenize(file.input["codes"]),
         }
-        for name in file.output:
-            if name.startswith("idx_"):
-                branch, _ = branch_and_scale(name)
-                ours[name] = tokens[:, branch].flatten()
-            elif name.startswith("fhat_b"):
-                branch, _ = branch_and_scale(name)
-                ours[name] = z_q[:, branch * size : (branch + 1) * size]
-    return ours
+        if "codes" in file.input:
+            ours["image_from_codes"] = tokenizer.detokenize(file.input["codes"])
+        sides = file.config["model"]["v_patch_nums"]
+        latents = [z_q]
+        if len(sides) > 1:
+            latents = [tokenizer.quantizer.partial_decode(tokens, scale + 1) for scale in range(len(sides))]
+        for scale, latent in enumerate(latents):
+            ours[f"recon_s{scale}"] = tokenizer.decode(latent).clamp(-1, 1)
+            for branch in range(branches):
+                ours[f"fhat_b{branch}_s{scale}"] = latent[:, branch * size : (branch + 1) * size]
+                part = tokens[:, branch].split([side**2 for side in sides], dim=1)[scale]
+                ours[f"idx_b{branch}_s{scale}"] = part.reshape(file.output[f"idx_b{branch}_s{scale}"].shape)
+        if len(sides) > 1:
+            ours["var_input"] = tokenizer.quantizer.next_scale_input(tokens)
+            ours |= next_scales(tokenizer.quantizer, tokens, sides)
+    # the public code records what it can run: e.g. no teacher forcing of BSQ
+    return {name: value for name, value in ours.items() if name in file.output}
+
+
+def next_scales(quantizer, tokens: Tensor, sides: list[int]) -> dict[str, Tensor]:
+    """What a generator that goes from scale to scale sees when it is fed the tokens."""
+    latent = torch.zeros(len(tokens), quantizer.dim, sides[-1], sides[-1])
+    found, inputs = {}, []
+    for scale, part in enumerate(tokens.split([side**2 for side in sides], dim=2)):
+        latent, following = quantizer.advance(latent, quantizer.embed(part, scale), scale)
+        found[f"ar_fhat_s{scale}"] = latent
+        inputs += [following] if following is not None else []
+    return {**found, "var_input_from_ar": torch.cat(inputs, dim=1)}
 
 
 def matches(tokenizer: Tokenizer, file) -> dict[str, bool]:
@@ -62,7 +100,7 @@ def matches(tokenizer: Tokenizer, file) -> dict[str, bool]:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("case", [CASE])
+@pytest.mark.parametrize("case", CASES)
 def test_published_tokenizer(case):
     file = golden(case)
     tokenizer = from_public("xqgan", public_config(file), file.weights)
@@ -74,32 +112,79 @@ def test_published_tokenizer(case):
         else:
             assert_close(ours[name], expected, atol=2e-5 if ours[name].shape[1] == 3 else 1e-5)
     # training mode and the straight-through path give the same picture
+    for module in tokenizer.modules():
+        if type(module).__name__ == "DropPath":
+            module.drop_prob = 0.0
     output = tokenizer.train()(file.input["image"])
     assert_close(output.reconstruction.detach(), file.output["decode_noclamp"], atol=2e-5)
 
 
+def parts_of(file) -> list[str]:
+    """A weight of every kind of sub-module, but for those that record statistics or shift all scores alike."""
+    kinds = {}
+    for key in file.weights:
+        kind = re.sub(r"\.\d+\.", ".", key)
+        skipped = (".k.bias", "ema_vocab_hit_SV", "lvl1LC", "original_module.weight", "original_module.bias", "scaler")
+        if not key.endswith(skipped):
+            kinds[kind] = key  # the last of its kind
+    return sorted(kinds.values())
+
+
+def spoiled(file, key: str) -> dict[str, Tensor]:
+    """The weights with one changed; not evenly, which a layer norm would not see."""
+    value = file.weights[key]
+    return {**file.weights, key: value * -1.5 + torch.linspace(-0.5, 0.5, value.numel()).view(value.shape)}
+
+
 @pytest.mark.golden
-@pytest.mark.parametrize("case", [CASE])
+@pytest.mark.parametrize("case", CASES)
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
-    """The comparison sees every sub-module: one changed entry spoils it."""
+    """The comparison sees every sub-module: one changed tensor spoils it."""
     file = golden(case)
-    parts = ["quant_conv.weight", "post_quant_conv.weight", "quantize.embedding.weight"]
-    for prefix in ("encoder", "decoder"):
-        parts += [f"{prefix}.{name}.weight" for name in ("conv_in", "conv_out", "norm_out", "mid.0.conv1", "mid.1.v")]
-        parts += [
-            key
-            for key in file.weights
-            if key.startswith(f"{prefix}.conv_blocks.")
-            and key.endswith((".conv1.weight", ".v.weight", "sample.conv.weight"))
-        ]
-    for key in parts:
-        weights = {name: value.clone() for name, value in file.weights.items()}
-        weights[key] *= -1.5
+    for key in parts_of(file):
+        weights = spoiled(file, key)
         assert not all(matches(from_public("xqgan", public_config(file), weights), file).values()), key
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("case", [CASE])
+@pytest.mark.parametrize("case", ["xqgan_lora"])
+def test_published_adapters(case, tmp_path):
+    file = golden(case)
+    tokenizer = from_public("xqgan", public_config(file), file.weights)
+    image, lora = file.input["image"], file.config["lora"]
+    layers = dict(adapters(tokenizer))
+    depth = file.config["tiny_backbone"]["depth"]
+    assert len(layers) == 2 * 2 * depth  # fc1 and fc2 of each block, encoder and decoder
+    assert all((layer.rank, layer.alpha) == (lora["r"], lora["lora_alpha"]) for layer in layers.values())
+    for model in (tokenizer, merge(tokenizer), from_pretrained(export(tokenizer, tmp_path))):
+        with torch.no_grad():
+            assert_close(rows_of_branches(model.encoder(image), 1, True).squeeze(3).mT, file.output["encoder_out"])
+            assert_close(model.encode(image), file.output["encode"])
+            assert_close(model.reconstruct(image), file.output["recon"])
+    trained = {name for name, p in tokenizer.encoder.network.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"norm.weight", "norm.bias"}
+    without = {k: v * 0 if "lora_B" in k else v for k, v in file.weights.items()}
+    tokenizer = from_public("xqgan", public_config(file), without)
+    with torch.no_grad():
+        features = rows_of_branches(tokenizer.encoder(image), 1, True).squeeze(3).mT
+    assert_close(features, file.output["encoder_out_loraB_zero"])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["xqgan_lora"])
+def test_parity_of_adapters_fails_when_a_weight_changes(case):
+    file = golden(case)
+    for key in parts_of(file):
+        weights = spoiled(file, key)
+        tokenizer = from_public("xqgan", public_config(file), weights)
+        with torch.no_grad():
+            z, recon = tokenizer.encode(file.input["image"]), tokenizer.reconstruct(file.input["image"])
+        same = torch.allclose(z, file.output["encode"], atol=1e-5)
+        assert not (same and torch.allclose(recon, file.output["recon"], atol=1e-5)), key
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["xqgan_cnn_vq", "xqgan_vq"])
 def test_takes_averaged_weights_and_ignores_teachers(case):
     file = golden(case)
     teachers = {
@@ -116,7 +201,7 @@ def test_takes_averaged_weights_and_ignores_teachers(case):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("case", [CASE])
+@pytest.mark.parametrize("case", ["xqgan_cnn_vq", "xqgan_vq"])
 def test_loading_is_strict(case):
     file = golden(case)
     weights = dict(file.weights)
@@ -131,6 +216,38 @@ def test_loading_is_strict(case):
     assert "quantizer.branches.0.codebooks.0.embedding is (" in message
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["xqgan_msbr_p2"])
+def test_code_magnitudes_must_be_those_of_the_options(case):
+    file = golden(case)
+    with pytest.raises(CheckpointError, match=r"quantizes\.0\.scaler=.*scale"):
+        from_public("xqgan", {**public_config(file), "scale": 0.7}, file.weights)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_pq2_tokenize"])
+def test_published_tokenizer_without_decoder(case):
+    file = golden(case)
+    sizes = {"embed_dim": "vit_dim", "depth": "vit_depth", "num_heads": "vit_heads"}
+    config = {**file.config, **{ours: file.config[theirs] for ours, theirs in sizes.items()}}
+    config |= {"enc_type": "dinov2", "dec_type": "dinov2"}
+    state = {key.removeprefix("vae_local."): value for key, value in file.weights.items()}
+    tokenizer = build(architecture(config), "test").eval()
+    own = tokenizer.state_dict()
+    absent = {key: own[key] for key in own if key.startswith(("decoder.", "post_quant_conv."))}
+    load_strictly(tokenizer, {**rename(state, XQGAN, XQGAN_IGNORED), **absent}, "golden")
+    with torch.no_grad():
+        z, tokens = tokenizer.encode(file.input["image"]), tokenizer.tokenize(file.input["image"])
+        z_q = tokenizer.quantizer.decode(tokens)
+        assert_close(tokenizer.quantizer.next_scale_input(tokens), file.output["var_input"], atol=2e-5)
+    branches, size = config["product_quant"], config["codebook_embed_dim"]
+    assert_close(rows_of_branches(z, branches, rows=branches > 1), file.output["encode"], atol=2e-5)
+    for p in range(branches):
+        assert_close(z_q[:, p * size : (p + 1) * size], file.output[f"f_hat_p{p}"], atol=2e-5)
+        for scale, part in enumerate(tokens[:, p].split([side**2 for side in config["v_patch_nums"]], dim=1)):
+            assert torch.equal(part, file.output[f"idx_p{p}_{scale}"])
+
+
 def test_key_table():
     state = {
         "quantize.embedding.weight": torch.zeros(1),
@@ -141,27 +258,36 @@ def test_key_table():
         "sem_linear.weight": torch.zeros(1),
         "stray": torch.zeros(1),
     }
-    assert list(rename(state, XQGAN_SINGLE_GRID, XQGAN_IGNORED)) == [
+    assert list(rename(state, XQGAN, XQGAN_IGNORED)) == [
         "quantizer.branches.0.codebooks.0.embedding",
         "encoder.conv_blocks.0.res.1.conv1.weight",
         "quant_conv.bias",
         "stray",  # kept, so that strict loading reports it
     ]
-    product = {f"quantizes.{p}.embedding.weight": torch.zeros(1) for p in range(11)}
-    assert list(rename(product, XQGAN_SINGLE_GRID)) == [
-        f"quantizer.branches.{p}.codebooks.0.embedding" for p in range(11)
+    peft = "encoder.model.base_model.model."
+    lora = ["blocks.0.mlp.fc1.base_layer.bias", "blocks.0.mlp.fc1.lora_A.default.weight", "blocks.0.norm1.weight"]
+    lora += ["blocks.0.mlp.fc2.lora_B.default.weight", "norm.modules_to_save.default.bias", "norm.original_module.bias"]
+    assert list(rename({peft + key: torch.zeros(1) for key in lora}, XQGAN, XQGAN_IGNORED)) == [
+        "encoder.network.blocks.0.mlp.fc1.bias",
+        "encoder.network.blocks.0.mlp.fc1.lora_a",
+        "encoder.network.blocks.0.norm1.weight",
+        "encoder.network.blocks.0.mlp.fc2.lora_b",
+        "encoder.network.norm.bias",
     ]
+    product = {f"quantizes.{p}.embedding.weight": torch.zeros(1) for p in range(11)}
+    assert list(rename(product, XQGAN)) == [f"quantizer.branches.{p}.codebooks.0.embedding" for p in range(11)]
     with pytest.raises(CheckpointError, match="two published keys"):
-        rename({**state, "quantizes.0.embedding.weight": torch.zeros(1)}, XQGAN_SINGLE_GRID)
+        rename({**state, "quantizes.0.embedding.weight": torch.zeros(1)}, XQGAN)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"enc_type": "dinov2"}, "enc_type='dinov2'"),
-        ({"dec_type": "dinov2"}, "dec_type='dinov2'"),
-        ({"v_patch_nums": [1, 2, 4]}, r"v_patch_nums=\[1, 2, 4\]"),
+        ({"enc_type": "swin"}, "enc_type='swin'"),
+        ({"dec_type": "swin"}, "dec_type='swin'"),
+        ({"num_latent_tokens": 15}, "num_latent_tokens=15"),
         ({"lfq": True}, "lfq=true"),
+        ({"lfq": True, "v_patch_nums": [1, 2, 4]}, "codebook_size=8.*16 codes"),
         ({"product_quant": 2}, "product_quant=2"),
     ],
 )

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from tessera.errors import ConfigError
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
+def halved_grid(resolution: int, downsample: int) -> tuple[int, int]:
+    """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
+    if resolution < 1 or resolution % downsample:
+        raise ConfigError(
+            f"data.dataset.resolution={resolution} is not divisible by {downsample}, the downsampling of the "
+            "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
+        )
+    return (resolution // downsample,) * 2
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with the epsilon of the VQGAN line."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -18,9 +29,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float):
         super().__init__()
-        self.norm1 = _norm(in_channels, norm_groups)
+        self.norm1 = group_norm(in_channels, norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, norm_groups)
+        self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -36,7 +47,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int):
         super().__init__()
-        self.norm = _norm(channels, norm_groups)
+        self.norm = group_norm(channels, norm_groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,15 +115,26 @@ class _DecoderLevel(_Level):
         return self.upsample(self.blocks(x))
 
 
-def _middle(channels: int, norm_groups: int, dropout: float) -> nn.Sequential:
+def _middle(channels: int, attention: bool, norm_groups: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         ResnetBlock(channels, channels, norm_groups, dropout),
-        AttnBlock(channels, norm_groups),
+        AttnBlock(channels, norm_groups) if attention else nn.Identity(),
         ResnetBlock(channels, channels, norm_groups, dropout),
     )
 
 
-def _check(
+def _attention_levels(part: str, levels: Sequence[int] | None, count: int) -> set[int]:
+    """Levels with attention, finest 0; None stands for the coarsest."""
+    chosen = {count - 1} if levels is None else set(levels)
+    if chosen - set(range(count)):
+        raise ConfigError(
+            f"backbone.{part}.attention_levels={list(levels)} names a level outside of 0 (finest) to {count - 1}, one "
+            f"per entry of backbone.{part}.channel_multipliers"
+        )
+    return chosen
+
+
+def level_widths(
     part: str,
     channels: int,
     channel_multipliers: Sequence[int],
@@ -147,17 +169,20 @@ class CNNEncoder(nn.Module):
     Args:
         channels: width of the finest level before its multiplier.
         channel_multipliers: width of each level over `channels`, finest resolution first.
-        num_res_blocks: residual blocks per level; the coarsest level has attention after each.
+        num_res_blocks: residual blocks per level.
         z_channels: channels of the result.
         norm_groups: groups of every GroupNorm.
         dropout: inside residual blocks.
         in_channels: 3 for RGB.
+        attention_levels: levels with attention after each block, 0 the finest; None: the coarsest alone.
+        mid_attention: attention between the two blocks after the last level.
 
     Raises:
-        ConfigError: widths not divisible by norm_groups, or a size out of range.
+        ConfigError: widths not divisible by norm_groups, an unknown level, or a size out of range.
 
     Source: Esser et al. 2021 (arXiv:2012.09841) with the module names of XQ-GAN's CNN tokenizers; the
-        defaults are its VQ-16 (29.298 M parameters).
+        defaults are its VQ-16 (29.298 M parameters). IBQ (arXiv:2412.02692) has 4 blocks per level (46.752 M), VAR
+        (arXiv:2404.02905) 160 channels and a z of 32 (44.108 M).
     """
 
     def __init__(
@@ -169,19 +194,24 @@ class CNNEncoder(nn.Module):
         norm_groups: int = 32,
         dropout: float = 0.0,
         in_channels: int = 3,
+        attention_levels: Sequence[int] | None = None,
+        mid_attention: bool = True,
     ):
         super().__init__()
-        widths = _check("encoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout)
+        widths = level_widths(
+            "encoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout
+        )
         last = len(widths) - 1
+        attention = _attention_levels("encoder", attention_levels, len(widths))
         self.out_channels, self.groups, self.downsample = z_channels, 1, 2**last
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         entries = [channels, *widths[:-1]]
         self.conv_blocks = nn.ModuleList(
-            _EncoderLevel([entry] + [width] * num_res_blocks, i == last, norm_groups, dropout, resample=i < last)
+            _EncoderLevel([entry] + [width] * num_res_blocks, i in attention, norm_groups, dropout, resample=i < last)
             for i, (entry, width) in enumerate(zip(entries, widths, strict=True))
         )
-        self.mid = _middle(widths[-1], norm_groups, dropout)
-        self.norm_out = _norm(widths[-1], norm_groups)
+        self.mid = _middle(widths[-1], mid_attention, norm_groups, dropout)
+        self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def extra_repr(self) -> str:
@@ -190,12 +220,7 @@ class CNNEncoder(nn.Module):
 
     def latent_grid(self, resolution: int) -> tuple[int, int]:
         """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
-        if resolution < 1 or resolution % self.downsample:
-            raise ConfigError(
-                f"data.dataset.resolution={resolution} is not divisible by {self.downsample}, the downsampling of the "
-                "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
-            )
-        return (resolution // self.downsample,) * 2
+        return halved_grid(resolution, self.downsample)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
@@ -208,14 +233,14 @@ class CNNDecoder(nn.Module):
     """Latent (B, z_channels, h, w) -> images (B, 3, h f, w f), not clamped. Mirrors `CNNEncoder`.
 
     Args:
-        channels, channel_multipliers, norm_groups, dropout: as in `CNNEncoder` (multipliers finest first
-            too).
+        channels, channel_multipliers, norm_groups, dropout, attention_levels, mid_attention: as in `CNNEncoder`
+            (levels finest first too).
         num_res_blocks: of the encoder; the decoder has one more per level.
         z_channels: channels of the input.
         in_channels: channels of the images, 3 for RGB.
 
     Raises:
-        ConfigError: widths not divisible by norm_groups, or a size out of range.
+        ConfigError: widths not divisible by norm_groups, an unknown level, or a size out of range.
 
     Source: as `CNNEncoder`; the defaults have 42.450 M parameters.
     """
@@ -229,21 +254,25 @@ class CNNDecoder(nn.Module):
         norm_groups: int = 32,
         dropout: float = 0.0,
         in_channels: int = 3,
+        attention_levels: Sequence[int] | None = None,
+        mid_attention: bool = True,
     ):
         super().__init__()
-        widths = _check("decoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout)[
-            ::-1
-        ]
+        widths = level_widths(
+            "decoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout
+        )
+        widths.reverse()
         last = len(widths) - 1
+        attention = {last - level for level in _attention_levels("decoder", attention_levels, len(widths))}
         self.in_channels, self.upsample = z_channels, 2**last
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], norm_groups, dropout)
-        entries = [widths[0], *widths[:-1]]
+        self.mid = _middle(widths[0], mid_attention, norm_groups, dropout)
+        entries, blocks = [widths[0], *widths[:-1]], num_res_blocks + 1
         self.conv_blocks = nn.ModuleList(
-            _DecoderLevel([entry] + [width] * (num_res_blocks + 1), i == 0, norm_groups, dropout, resample=i < last)
+            _DecoderLevel([entry] + [width] * blocks, i in attention, norm_groups, dropout, resample=i < last)
             for i, (entry, width) in enumerate(zip(entries, widths, strict=True))
         )
-        self.norm_out = _norm(widths[-1], norm_groups)
+        self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], in_channels, 3, padding=1)
 
     @property

@@ -1,5 +1,6 @@
 """Exponential moving average of the modules a stage publishes."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,21 +9,40 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tessera.errors import ConfigError
+
+
+def warmed_decay(update: int, decay: float) -> float:
+    """Decay of the update-th averaging: min(decay, (1 + update) / (10 + update)), and 0 (a copy) up to the 0th."""
+    return min(decay, (1 + update) / (10 + update)) if update > 0 else 0.0
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, live: nn.Module, decay: float) -> None:
+    """averaged <- decay * averaged + (1 - decay) * live for trained parameters; the others and buffers are copied."""
+    pairs = list(zip(averaged.parameters(), live.parameters(), strict=True))
+    trained = [pair for pair in pairs if pair[1].requires_grad]
+    if trained:
+        torch._foreach_lerp_(*(list(side) for side in zip(*trained, strict=True)), 1 - decay)
+    copied = [pair for pair in pairs if not pair[1].requires_grad]
+    for target, source in (*copied, *zip(averaged.buffers(), live.buffers(), strict=True)):
+        target.copy_(source)
 
 
 class EMA(Callback):
     """Averages `pl_module.averaged_modules()` after every optimizer step; validation and test see the averages.
 
-    average <- decay * average + (1 - decay) * weights, from the initial weights on. Buffers are copied as they are.
-    Give the decay, or the half-life: after that many steps (or that fraction of training) a weight counts half.
+    average <- decay * average + (1 - decay) * weights, from the initial weights on. Buffers and frozen weights are
+    copied as they are. Give the decay, or the half-life: after that many steps (or that fraction of training) a weight
+    counts half.
 
     Args:
         decay: in [0, 1).
         half_life_steps, half_life_fraction: alternatives to `decay`; exactly one of the three is given.
         every_n_steps: average only after every n-th optimizer step.
+        warmup: let the decay of the k-th averaging rise as min(decay, (1 + k) / (10 + k)).
+        warmup_delay: averagings before that, which copy the weights; k counts from there. TiTok has 1.
 
     Raises:
         ConfigError: none or several of the three given, or values out of range.
@@ -34,6 +54,8 @@ class EMA(Callback):
         half_life_steps: float | None = None,
         half_life_fraction: float | None = None,
         every_n_steps: int = 1,
+        warmup: bool = False,
+        warmup_delay: int = 0,
     ):
         given = [value for value in (decay, half_life_steps, half_life_fraction) if value is not None]
         if len(given) != 1:
@@ -46,8 +68,11 @@ class EMA(Callback):
         if (given[0] <= 0 and decay is None) or every_n_steps < 1:
             raise ConfigError("callbacks.ema: a half-life must be positive and every_n_steps at least 1")
         self.decay, self.half_life_steps, self.half_life_fraction = decay, half_life_steps, half_life_fraction
-        self.every_n_steps = every_n_steps
-        self.averages: dict[str, AveragedModel] = {}
+        if warmup_delay < 0 or (warmup_delay and not warmup):
+            raise ConfigError(f"callbacks.ema.warmup_delay={warmup_delay} must not be negative, and needs warmup=true")
+        self.every_n_steps, self.warmup, self.warmup_delay = every_n_steps, warmup, warmup_delay
+        self.averages: dict[str, nn.Module] = {}
+        self.full_decay = 0.0
         self.last_step = 0
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._live: dict[str, list[Tensor]] = {}
@@ -62,17 +87,12 @@ class EMA(Callback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.half_life_fraction is not None and trainer.max_steps < 1:
             raise ConfigError("callbacks.ema.half_life_fraction needs trainer.max_steps")
-        average = get_ema_multi_avg_fn(self.decay_for(trainer.max_steps))
-        self.averages = {
-            name: AveragedModel(module, multi_avg_fn=average, use_buffers=False)
-            for name, module in pl_module.averaged_modules().items()
-        }
+        self.full_decay = self.decay_for(trainer.max_steps)
+        self.averages = {name: copy.deepcopy(module) for name, module in pl_module.averaged_modules().items()}
         for name, averaged in self.averages.items():
             averaged.requires_grad_(False)
-            # the first update would copy the weights; the average starts from the initial ones instead
-            averaged.n_averaged.fill_(1)
             if name in self._loaded:
-                averaged.module.load_state_dict(self._loaded[name])
+                averaged.load_state_dict(self._loaded[name])
         self._loaded = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -88,15 +108,18 @@ class EMA(Callback):
             return
         self.last_step = step
         if step % self.every_n_steps == 0:
+            # a pure function of the step, so that resuming needs nothing else
+            update = step // self.every_n_steps
+            decay = warmed_decay(update - self.warmup_delay, self.full_decay) if self.warmup else self.full_decay
             for name, module in pl_module.averaged_modules().items():
-                self.averages[name].update_parameters(module)
+                average(self.averages[name], module, decay)
 
     def _swap_in(self, pl_module: lightning.LightningModule) -> None:
         if self._live or not self.averages:
             return
         for name, module in pl_module.averaged_modules().items():
             self._live[name] = [value.detach().clone() for value in module.parameters()]
-            _copy(module, list(self.averages[name].module.parameters()))
+            _copy(module, list(self.averages[name].parameters()))
 
     def _swap_out(self, pl_module: lightning.LightningModule) -> None:
         for name, module in pl_module.averaged_modules().items() if self._live else ():
@@ -127,7 +150,7 @@ class EMA(Callback):
 
     def averaged_state_dict(self) -> dict[str, dict[str, Tensor]]:
         """State dict of each averaged module, by its name; {} before training."""
-        return {name: dict(averaged.module.state_dict()) for name, averaged in self.averages.items()}
+        return {name: dict(averaged.state_dict()) for name, averaged in self.averages.items()}
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tessera.data.images import ImageDataset
-from tessera.data.transforms import center_crop, mirror, random_crop_adm, sample_random
+from tessera.data.transforms import center_crop, mirror, random_crop_adm, random_position_crop, sample_random
 from tessera.errors import ConfigError, DataError, MissingFileError
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class FolderImages(ImageDataset):
     """Images in ImageNet's layout: root/{train,val}/<class folder>/<image>.
 
     Classes are the sorted folder names of the training split, samples are numbered as torchvision's ImageFolder does.
-    Training images get ADM's random crop and a random flip, validation images a fixed crop. Grey, palette, CMYK and
+    Training images get a random crop and a random flip, validation images a fixed crop. Grey, palette, CMYK and
     transparent images are converted to RGB (transparency is dropped, as in torchvision); images of more than 8 bits are
     refused.
 
@@ -35,7 +35,8 @@ class FolderImages(ImageDataset):
         root: the folder above train and val.
         resolution: S.
         crop: id of the fixed crop: adm, bicubic, bilinear or var.
-        random_crop: ADM's random crop in training; False: the fixed crop.
+        random_crop: crop in training. True: ADM's random crop; "position": a random position in the image as the fixed
+            crop resizes it; False: the fixed crop.
         flip: random horizontal flips in training.
         num_classes: number of class folders there must be; None takes what is there.
         on_error: "raise" stops at an unreadable image and names it; "skip" serves the next readable image of the same
@@ -54,16 +55,19 @@ class FolderImages(ImageDataset):
         root: str | Path,
         resolution: int = 256,
         crop: str = "adm",
-        random_crop: bool = True,
+        random_crop: bool | str = True,
         flip: bool = True,
         num_classes: int | None = None,
         on_error: str = "raise",
         seed: int = 0,
     ):
-        super().__init__(split, resolution, augment=random_crop or flip)
+        super().__init__(split, resolution, augment=bool(random_crop) or flip)
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"data.dataset.on_error={on_error!r} is unknown; choose raise or skip")
-        self.crop, self.random_crop, self.flip = center_crop(crop), random_crop, flip
+        if random_crop not in (True, False, "position"):
+            raise ConfigError(f"data.dataset.random_crop={random_crop!r} is unknown; choose true, false or position")
+        self.crop, self.flip = center_crop(crop), flip
+        self.random_crop = random_position_crop(crop) if random_crop == "position" else random_crop and random_crop_adm
         self.crop_id, self.seed = f"{crop}-{resolution}", seed
         self.folder = Path(root) / split
         self.classes = _classes(Path(root), split, num_classes)
@@ -122,7 +126,7 @@ class FolderImages(ImageDataset):
 
     def random_fit(self, image: Image.Image, epoch: int, number: int) -> Image.Image:
         rng = sample_random(self.seed, epoch, number)
-        image = random_crop_adm(image, self.resolution, rng) if self.random_crop else self.fit(image)
+        image = self.random_crop(image, self.resolution, rng) if self.random_crop else self.fit(image)
         return mirror(image) if self.flip and rng.random() < 0.5 else image
 
 

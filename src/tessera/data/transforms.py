@@ -3,12 +3,14 @@
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 
 from PIL import Image
 
 from tessera.errors import ConfigError
 
 Crop = Callable[[Image.Image, int], Image.Image]
+RandomCrop = Callable[[Image.Image, int, random.Random], Image.Image]
 
 
 def _shrink(image: Image.Image, side: int) -> Image.Image:
@@ -21,6 +23,13 @@ def _shrink(image: Image.Image, side: int) -> Image.Image:
 
 def _cut(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
+
+
+def _cut_anywhere(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
+    """A random position; draws in the order top, left."""
+    top = rng.randrange(image.height - size + 1)
+    left = rng.randrange(image.width - size + 1)
+    return _cut(image, left, top, size)
 
 
 def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
@@ -47,10 +56,7 @@ def random_crop_adm(
             integer in [ceil(size / max_fraction), ceil(size / min_fraction)].
     """
     smallest, largest = math.ceil(size / max_fraction), math.ceil(size / min_fraction)
-    image = _shrink(image, rng.randrange(smallest, largest + 1))
-    top = rng.randrange(image.height - size + 1)
-    left = rng.randrange(image.width - size + 1)
-    return _cut(image, left, top, size)
+    return _cut_anywhere(_shrink(image, rng.randrange(smallest, largest + 1)), size, rng)
 
 
 def _resize_shorter(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
@@ -65,19 +71,28 @@ def _center(image: Image.Image, size: int) -> Image.Image:
     return _cut(image, round((image.width - size) / 2.0), round((image.height - size) / 2.0), size)
 
 
+# how each centre crop resizes before it cuts: (image, size of the crop) -> image
+RESIZES: dict[str, Crop] = {
+    "adm": _shrink,
+    "bicubic": lambda image, size: _resize_shorter(image, size, Image.BICUBIC),
+    "bilinear": lambda image, size: _resize_shorter(image, size, Image.BILINEAR),
+    "var": lambda image, size: _resize_shorter(image, round(1.125 * size), Image.LANCZOS),
+}
+
+
 def center_crop_bicubic(image: Image.Image, size: int) -> Image.Image:
     """Bicubic resize of the shorter side, then centre crop (TiTok, MaskGIT)."""
-    return _center(_resize_shorter(image, size, Image.BICUBIC), size)
+    return _center(RESIZES["bicubic"](image, size), size)
 
 
 def center_crop_bilinear(image: Image.Image, size: int) -> Image.Image:
     """Bilinear resize of the shorter side, then centre crop."""
-    return _center(_resize_shorter(image, size, Image.BILINEAR), size)
+    return _center(RESIZES["bilinear"](image, size), size)
 
 
 def center_crop_var(image: Image.Image, size: int) -> Image.Image:
     """Lanczos resize of the shorter side to round(1.125 size), then centre crop (VAR)."""
-    return _center(_resize_shorter(image, round(1.125 * size), Image.LANCZOS), size)
+    return _center(RESIZES["var"](image, size), size)
 
 
 CENTER_CROPS: dict[str, Crop] = {
@@ -97,6 +112,20 @@ def center_crop(name: str) -> Crop:
     if name not in CENTER_CROPS:
         raise ConfigError(f"data.dataset.crop={name!r} is unknown; choose one of {', '.join(CENTER_CROPS)}")
     return CENTER_CROPS[name]
+
+
+def random_position_crop(name: str) -> RandomCrop:
+    """A crop at a random position, of the image resized as the centre crop of that id resizes it.
+
+    Draws in the order top, left. TiTok and IBQ train on such crops of a shorter side of the crop's size (bicubic and
+    bilinear), VAR on those of a larger one (var).
+    """
+    center_crop(name)  # refuses an unknown id
+    return partial(_crop_anywhere, name)  # no closure: loader processes may have to pickle it
+
+
+def _crop_anywhere(name: str, image: Image.Image, size: int, rng: random.Random) -> Image.Image:
+    return _cut_anywhere(RESIZES[name](image, size), size, rng)
 
 
 def mirror(image: Image.Image) -> Image.Image:

@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from tessera.distributed import all_reduce_sum_with_grad, is_distributed
 from tessera.errors import ConfigError, DataError
+from tessera.rng import SampleRng
+
+NORMS = ("batch", "group", "none")
 
 
 class JointBatchNorm2d(nn.BatchNorm2d):
@@ -39,15 +42,20 @@ class PatchGAN(nn.Module):
         in_channels: of the images.
         channels: width of the first layer; doubles up to 8 times that.
         num_layers: stride-2 layers; the receptive field and `min_size` grow with them.
+        norm: of all layers but the first and the last: "batch" (statistics of all processes), "group" (32 groups or
+            fewer), or "none". Convolutions have a bias where no batch norm removes it.
 
     Raises:
-        ConfigError: a size below 1.
+        ConfigError: a size below 1, an unknown norm, or groups that don't divide the channels.
 
-    Source: Isola et al. 2017 (arXiv:1611.07004); layout, names and initialisation as in taming-transformers and XQ-GAN.
+    Source: Isola et al. 2017 (arXiv:1611.07004); layout, names and initialisation as in taming-transformers, XQ-GAN and
+        IBQ, which take the statistics of each process alone.
     """
 
-    def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):
+    def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3, norm: str = "batch"):
         super().__init__()
+        if norm not in NORMS:
+            raise ConfigError(f"discriminator.norm={norm!r} is unknown; choose one of {', '.join(NORMS)}")
         for key, value in (("channels", channels), ("num_layers", num_layers)):
             if value < 1:
                 raise ConfigError(f"discriminator.{key}={value} must be at least 1")
@@ -56,7 +64,8 @@ class PatchGAN(nn.Module):
         width = channels
         for layer in range(1, num_layers + 1):
             wider, stride = channels * min(2**layer, 8), 2 if layer < num_layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride, 1, bias=False), JointBatchNorm2d(wider), nn.LeakyReLU(0.2)]
+            layers.append(nn.Conv2d(width, wider, 4, stride, 1, bias=norm != "batch"))
+            layers += [_norm(norm, wider), nn.LeakyReLU(0.2)] if norm != "none" else [nn.LeakyReLU(0.2)]
             width = wider
         layers.append(nn.Conv2d(width, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)
@@ -68,8 +77,11 @@ class PatchGAN(nn.Module):
         # two stride-1 layers of kernel 4 and padding 1 take one pixel each from a side of at least 3
         return 3 * 2**self.num_layers
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) of images (B, C, H, W) in [-1, 1]; DataError where the images are too small."""
+    def forward(self, images: Tensor, rng: SampleRng | torch.Generator | None = None) -> Tensor:
+        """Logits (B, 1, h, w) of images (B, C, H, W) in [-1, 1]; DataError where the images are too small.
+
+        `rng` is not used: nothing here is random.
+        """
         if min(images.shape[-2:]) < self.min_size:
             raise DataError(
                 f"images of {tuple(images.shape[-2:])} pixels are too small for discriminator.num_layers="
@@ -78,9 +90,18 @@ class PatchGAN(nn.Module):
         return self.main(images)
 
 
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "batch":
+        return JointBatchNorm2d(channels)
+    groups = min(32, channels)
+    if channels % groups:
+        raise ConfigError(f"discriminator.norm=group needs widths that {groups} groups divide, not {channels}")
+    return nn.GroupNorm(groups, channels)
+
+
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)

@@ -35,6 +35,8 @@ class AdversarialLoss:
     Args:
         discriminator: hinge, vanilla, or non_saturating (the same formula as vanilla).
         generator: hinge or non_saturating.
+        per_image: average the logits of a generated image before the generator's loss, as IBQ does; makes no
+            difference for hinge.
 
     Raises:
         ConfigError: an unknown name.
@@ -43,9 +45,14 @@ class AdversarialLoss:
         ones.
     """
 
-    def __init__(self, discriminator: str = "hinge", generator: str = "hinge"):
+    def __init__(self, discriminator: str = "hinge", generator: str = "hinge", per_image: bool = False):
         for key, value, known in (("discriminator", discriminator, DISCRIMINATOR), ("generator", generator, GENERATOR)):
             if value not in known:
                 raise ConfigError(f"stage.adversarial.{key}={value!r} is unknown; choose one of {', '.join(known)}")
         self.discriminator = discriminator_hinge if discriminator == "hinge" else discriminator_vanilla
-        self.generator = generator_hinge if generator == "hinge" else generator_non_saturating
+        self._generator = generator_hinge if generator == "hinge" else generator_non_saturating
+        self.per_image = per_image
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """Loss of the generator: scalar of logits (B, ...)."""
+        return self._generator(fake.float().flatten(1).mean(1) if self.per_image else fake)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.distributed import all_reduce_mean
+from tessera.distributed import all_reduce_mean, all_reduce_sum_with_grad, world_size
+from tessera.errors import ConfigError
 
 
 def adaptive_weight(likelihood_grad: Tensor, adversarial_grad: Tensor, max_weight: float = 1e4) -> Tensor:
@@ -77,21 +78,31 @@ class LeCam(nn.Module):
 
     Args:
         decay: of the running means, which start at 0.
+        of_means: hold the logits' means near the running ones instead of each logit, relu(mean real - m_fake)^2 + ...,
+            as TiTok does.
+        update_first: False: the running means are those before this step, as TiTok does.
 
-    Source: Tseng et al. 2021 (arXiv:2104.03310); order of update and use as in XQ-GAN.
+    Source: Tseng et al. 2021 (arXiv:2104.03310); defaults as in XQ-GAN and IBQ.
     """
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: float = 0.999, of_means: bool = False, update_first: bool = True):
         super().__init__()
-        self.decay = decay
+        if not 0 <= decay < 1:
+            raise ConfigError(f"stage.lecam.decay={decay} is outside [0, 1)")
+        self.decay, self.of_means, self.update_first = decay, of_means, update_first
         self.register_buffer("mean_real", torch.zeros(()))
         self.register_buffer("mean_fake", torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """Update the running means with logits of any shape; returns the unweighted scalar."""
         real, fake = real.float(), fake.float()
-        means = all_reduce_mean(torch.stack([real.mean(), fake.mean()]))
+        means = torch.stack([real.mean(), fake.mean()])
+        if self.of_means:
+            real, fake = (all_reduce_sum_with_grad(means) / world_size()).unbind()
+        old_real, old_fake = self.mean_real, self.mean_fake
+        means = all_reduce_mean(means)
         # out of place: the graph of an earlier step may still hold the old buffers
         self.mean_real = torch.lerp(means[0], self.mean_real, self.decay)
         self.mean_fake = torch.lerp(means[1], self.mean_fake, self.decay)
-        return F.relu(real - self.mean_fake).square().mean() + F.relu(self.mean_real - fake).square().mean()
+        near_real, near_fake = (self.mean_real, self.mean_fake) if self.update_first else (old_real, old_fake)
+        return F.relu(real - near_fake).square().mean() + F.relu(near_real - fake).square().mean()

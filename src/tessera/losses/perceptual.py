@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.errors import CheckpointError, DataError, MissingFileError
+from tessera.frozen import read_weights
 
 # torchvision's VGG16 up to relu5_3: convolutions per stage, a max pool before each stage but the first
 CONVS_PER_STAGE = (2, 2, 3, 3, 3)
 MIN_SIZE = 16
+ADVICE = (
+    "download torchvision's vgg16-397923af.pth (or LPIPS' v0.1/vgg.pth for the linear weights) to that path, or choose "
+    "perceptual=none"
+)
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
@@ -82,7 +87,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, backbone_weights: str | Path, linear_weights: str | Path | None = None):
         super().__init__()
-        backbone = _read(backbone_weights, "perceptual.backbone_weights")
+        backbone = read_weights(backbone_weights, "perceptual.backbone_weights", ADVICE)
         # torchvision numbers layers through; the lpips package groups them into slices under the same numbers
         found = {int(key.split(".")[-2]): key.rsplit(".", 1)[0] for key in backbone if _is_feature(key)}
         if missing := [number for number in conv_numbers() if number not in found]:
@@ -94,7 +99,7 @@ class LPIPS(nn.Module):
             {n: (backbone[f"{found[n]}.weight"], backbone[f"{found[n]}.bias"]) for n in conv_numbers()}
         )
         path = linear_weights or packaged_linear_weights()
-        linear = _read(path, "perceptual.linear_weights")
+        linear = read_weights(path, "perceptual.linear_weights", ADVICE)
         for stage, width in enumerate(self.backbone.widths):
             key, expected = f"lin{stage}.model.1.weight", (1, width, 1, 1)
             if key not in linear:
@@ -165,19 +170,3 @@ def packaged_linear_weights() -> Path:
     raise MissingFileError(
         "perceptual.linear_weights is not set and no installed package ships them; pip install lpips"
     )
-
-
-def _read(path: str | Path, key: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise MissingFileError(
-            f"{key}={path} does not exist; download torchvision's vgg16-397923af.pth (or LPIPS' v0.1/vgg.pth for the "
-            "linear weights) to that path, or choose perceptual=none"
-        )
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{key}={path} can't be read ({error})") from error

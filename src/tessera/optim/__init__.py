@@ -1,6 +1,22 @@
 """Optimisation: parameter groups and learning-rate schedules."""
 
 from tessera.optim.groups import decay_groups, decayed_names
-from tessera.optim.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
+from tessera.optim.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    DropSchedule,
+    EpochCosineSchedule,
+    HeldLinearSchedule,
+    LinearSchedule,
+)
 
-__all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "decay_groups", "decayed_names"]
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "DropSchedule",
+    "EpochCosineSchedule",
+    "HeldLinearSchedule",
+    "LinearSchedule",
+    "decay_groups",
+    "decayed_names",
+]

@@ -7,8 +7,11 @@ from torch import nn
 from tessera.errors import ConfigError
 
 RULES = ("explicit", "public", "all")
-# parts of names that the published trainings of RAR and TiTok exclude, matched case-sensitively
-PUBLIC_PARTS = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
+# Parts of names that the published trainings of RAR and TiTok exclude, matched case-sensitively; post_quant_conv is
+# TiTok's decoder_embed
+PUBLIC_PARTS = (
+    "ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed", "post_quant_conv",
+)  # fmt: skip
 
 
 def decayed_names(module: nn.Module, rule: str = "explicit") -> set[str]:

@@ -10,6 +10,7 @@ from tessera.quantizers.codebooks import (
     RandomRevival,
     VQCodebook,
 )
+from tessera.quantizers.gaussian import GaussianBottleneck
 from tessera.quantizers.multiscale import MultiScaleQuantizer, ResidualQuantizer
 from tessera.quantizers.output import CodebookOutput, QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
@@ -22,6 +23,7 @@ __all__ = [
     "Codebook",
     "CodebookOutput",
     "FSQCodebook",
+    "GaussianBottleneck",
     "IBQCodebook",
     "LFQCodebook",
     "MultiScaleQuantizer",

@@ -63,6 +63,11 @@ class ProductQuantizer(nn.Module):
         return len(self.branches)
 
     @property
+    def in_channels(self) -> int:
+        """Channels of the latent it takes; those of the result are `dim`."""
+        return self.dim
+
+    @property
     def codebook_size(self) -> int:
         """K of each branch."""
         return self.branches[0].codebook_size

@@ -1,14 +1,17 @@
 """Models from checkpoints: `_target_`s of tokenizer/pretrained and generator/pretrained."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tessera.backbones.tuning import LoRA, merge, tune
 from tessera.callbacks.ema import ema_weights
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run.build import make, read_checkpoint
+from tessera.zoo.export import from_pretrained, given_weights
 from tessera.zoo.keys import load_strictly
 
 log = logging.getLogger(__name__)
@@ -33,27 +36,42 @@ def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Pat
             log.info("%s has no averaged weights; using the raw ones", path)
         for part, values in (averaged or {}).items():
             state.update({f"{part}.{key}".removeprefix(prefix): value for key, value in values.items()})
-    module = make(architecture)
+    module = make(given_weights(architecture))
     load_strictly(module, state, str(path))
     module.architecture = architecture
     return module.eval()
 
 
-def load_tokenizer(path: str, weights: str = "ema") -> nn.Module:
+def load_tokenizer(
+    path: str,
+    weights: str = "ema",
+    encoder_tuning: str | LoRA | None = None,
+    decoder_tuning: str | LoRA | None = None,
+) -> nn.Module:
     """The tokenizer of a main-training or post-training checkpoint, or of an exported folder, in eval mode.
 
     Args:
         path: a .ckpt file, or a folder written by `tessera.zoo.export`.
         weights: "ema" (averaged where the checkpoint has them) or "raw".
+        encoder_tuning, decoder_tuning: for fine-tuning, what of them trains from here on: full, lora or frozen, or a
+            `LoRA`. Adapters they have already are folded into the weights first. None: as it was.
 
     Raises:
         MissingFileError, CheckpointError: no such file; not a tokenizer; another architecture.
+        ConfigError: adapters for a backbone that can't have them.
     """
     if Path(path).is_dir():
-        from tessera.zoo.export import from_pretrained
-
-        return from_pretrained(path)
-    return _module(read_checkpoint(path), "tokenizer", weights, path)
+        tokenizer = from_pretrained(path)
+    else:
+        tokenizer = _module(read_checkpoint(path), "tokenizer", weights, path)
+    for part, mode in (("encoder", encoder_tuning), ("decoder", decoder_tuning)):
+        if mode is not None:
+            backbone = merge(getattr(tokenizer, part)).requires_grad_(True)
+            tune(backbone, mode, f"tokenizer.{part}_tuning")
+            setattr(tokenizer, part, backbone)
+            node = {"_target_": "tessera.backbones.LoRA", **asdict(mode)} if isinstance(mode, LoRA) else mode
+            tokenizer.architecture = {**tokenizer.architecture, f"{part}_tuning": node}
+    return tokenizer.eval()
 
 
 def load_generator(path: str, weights: str = "raw") -> nn.Module:

@@ -31,6 +31,7 @@ def train_tokenizer(cfg: DictConfig, run: Path) -> dict[str, Any]:
     """Main-training of a new tokenizer, or of one that `tokenizer.path` gives (fine-tuning)."""
     tokenizer = make(cfg.tokenizer)
     architecture = {"tokenizer": getattr(tokenizer, "architecture", None) or plain(cfg.tokenizer)}
+    tokenizer.train()  # a loaded one is in eval mode, and Lightning leaves modes as they are
     stage = make(cfg.stage)(tokenizer=tokenizer)
     return fit(cfg, run, stage, make(cfg.data)(), architecture)
 

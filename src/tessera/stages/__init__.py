@@ -3,6 +3,7 @@
 from tessera.stages.evaluation import Evaluation
 from tessera.stages.generator import GeneratorTraining
 from tessera.stages.post_training import DecoderPostTraining
+from tessera.stages.proxy_codes import ProxyCodeTraining
 from tessera.stages.tokenizer import TokenizerTraining
 
-__all__ = ["DecoderPostTraining", "Evaluation", "GeneratorTraining", "TokenizerTraining"]
+__all__ = ["DecoderPostTraining", "Evaluation", "GeneratorTraining", "ProxyCodeTraining", "TokenizerTraining"]

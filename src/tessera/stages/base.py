@@ -20,26 +20,6 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
-class Unregistered:
-    """Holds a frozen module outside of a LightningModule's parameters, state dict and train mode.
-
-    `get(device)` moves it where it is needed.
-    """
-
-    def __init__(self, module: nn.Module | None):
-        if module is not None:
-            module.requires_grad_(False).eval()
-        self.module = module
-        self.device: torch.device | None = None
-
-    def get(self, device: torch.device) -> Any:
-        """The module on `device`, in eval mode."""
-        if self.module is not None and self.device != device:
-            self.module.to(device)
-            self.device = device
-        return self.module
-
-
 def _nothing() -> None:
     pass
 
@@ -55,12 +35,13 @@ class Stage(lightning.LightningModule):
         gradient_clip: maximal gradient norm per optimizer; None: off.
         accumulate_grad_batches: batches per optimizer step.
         seed: of the draws that belong to samples.
+        loss_limit: absolute value of a loss above which training stops.
 
     Raises:
         ConfigError: values out of range.
     """
 
-    def __init__(self, gradient_clip: float | None, accumulate_grad_batches: int, seed: int):
+    def __init__(self, gradient_clip: float | None, accumulate_grad_batches: int, seed: int, loss_limit: float = 1e8):
         super().__init__()
         self.automatic_optimization = False
         if gradient_clip is not None and gradient_clip <= 0:
@@ -70,7 +51,7 @@ class Stage(lightning.LightningModule):
         self.gradient_clip, self.accumulate_grad_batches, self.seed = gradient_clip, accumulate_grad_batches, seed
         self.window = 0  # batches of the open accumulation window
         self._resumed_gradients: dict[str, Tensor] = {}
-        self._check_losses = LossCheck()
+        self._check_losses = LossCheck(loss_limit)
 
     @property
     def total_steps(self) -> int:
@@ -140,7 +121,7 @@ class Stage(lightning.LightningModule):
         """Backward pass of `loss` and, where `step`, an update by optimizer and scheduler `number`."""
         optimizers = self.all_optimizers()
         self.manual_backward(loss / self.accumulate_grad_batches)
-        self._check_losses(self.trainer.global_step)
+        self._check_losses(self.trainer)
         if not step:
             return
         scale = self.loss_scale()
@@ -164,7 +145,7 @@ class Stage(lightning.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_weights(self.named_parameters(), self.global_step)
+        check_weights(self.named_parameters(), self.trainer)
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None} if self.window else {}
         checkpoint["accumulation"] = {"batches": self.window, "gradients": gradients}
 
@@ -190,7 +171,7 @@ class Stage(lightning.LightningModule):
 
     def log_losses(self, losses: dict[str, Tensor], prefix: str = "train/loss") -> None:
         """Log named scalars, and have them checked: the next `backward_and_step` raises `DivergedError` where one
-        isn't finite."""
+        isn't finite or has exploded."""
         self._check_losses.add([f"{prefix}/{name}" for name in losses], losses.values())
         self.log_dict({f"{prefix}/{name}": value.detach() for name, value in losses.items()})
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError
+from tessera.frozen import Unregistered
 from tessera.generators.base import Generator
 from tessera.generators.sampling import SamplingConfig
 from tessera.optim import decay_groups
 from tessera.rng import IndexedRng
-from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, Unregistered, check_tokens
+from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, check_tokens
 from tessera.tokenizers import Tokenizer
 
 

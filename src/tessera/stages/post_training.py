@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import CheckpointError, ConfigError, DataError
-from tessera.stages.base import Unregistered, check_tokens
+from tessera.frozen import Unregistered
+from tessera.stages.base import check_tokens
 from tessera.stages.reconstruction import ReconstructionStage
 
 SOURCES = ("tokens", "reencode")
@@ -101,14 +102,14 @@ class DecoderPostTraining(ReconstructionStage):
         if self.warmup_done < self.discriminator_warmup_steps:
             with torch.no_grad():
                 reconstruction = self.tokenizer.decode(z_q)
-            self.discriminator_step(reconstruction, images, step)
+            self.discriminator_step(reconstruction, images, step, self.sample_rng(batch))
             self.warmup_done += int(step)
             return
         reconstruction = self.tokenizer.decode(z_q)
         adversarial = self.discriminator is not None
-        self.generator_step(reconstruction, images, {}, adversarial, step)
+        self.generator_step(reconstruction, images, {}, adversarial, step, self.sample_rng(batch))
         if adversarial:
-            self.discriminator_step(reconstruction, images, step)
+            self.discriminator_step(reconstruction, images, step, self.sample_rng(batch))
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training:

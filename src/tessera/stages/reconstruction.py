@@ -4,10 +4,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from tessera.discriminators import DiffAug
 from tessera.errors import ConfigError
-from tessera.losses import LPIPS, AdversarialLoss, LeCam, balanced_gradient, pixel_loss
-from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, Unregistered, merged_weights
+from tessera.frozen import Unregistered
+from tessera.losses import AdversarialLoss, LeCam, balanced_gradient, pixel_loss
+from tessera.optim import decayed_names
+from tessera.rng import IndexedRng
+from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, merged_weights
 from tessera.tokenizers import Tokenizer
 
 
@@ -25,20 +30,26 @@ class ReconstructionStage(Stage):
     Args:
         tokenizer: whose decoder is trained.
         optimizer, scheduler: factories, called with the parameters, and with (optimizer, steps).
-        discriminator: images -> logits; None trains without an adversarial loss.
+        discriminator: (images, rng) -> logits; None trains without an adversarial loss.
         discriminator_optimizer, discriminator_scheduler: its own; None: as the tokenizer's.
         perceptual: (x, y) -> (B,) distances, frozen; kept out of checkpoints. None: off.
+        discriminator_augment: of all that the discriminator sees; None: off.
         adversarial: the pair of GAN losses; None: hinge.
+        lecam: the discriminator's regulariser; None: with its default settings.
         reconstruction_loss: mse or l1.
-        loss_weights: replaces some of the stage's default weights, by name.
+        loss_weights: replaces some of the stage's default weights, by name. `adversarial` is the generator's term,
+            `discriminator` all of the discriminator's loss, in which `lecam` multiplies the regulariser.
         use_adaptive_weight: multiply the adversarial weight by the ratio of gradient norms at the last layer.
-        gradient_clip, accumulate_grad_batches, seed: see `Stage`.
+        decay_rule: which parameters the optimizers' `weight_decay` applies to: all, public or explicit; see
+            `decayed_names`.
+        gradient_clip, accumulate_grad_batches, seed, loss_limit: see `Stage`.
     """
 
     default_weights: ClassVar[dict[str, float]] = {
         "reconstruction": 1.0,
         "perceptual": 1.0,
         "adversarial": 0.5,
+        "discriminator": 0.5,
         "lecam": 0.001,
     }
 
@@ -50,16 +61,20 @@ class ReconstructionStage(Stage):
         discriminator: nn.Module | None = None,
         discriminator_optimizer: OptimizerFactory | None = None,
         discriminator_scheduler: SchedulerFactory | None = None,
-        perceptual: LPIPS | None = None,
+        perceptual: nn.Module | None = None,
+        discriminator_augment: DiffAug | None = None,
         adversarial: AdversarialLoss | None = None,
+        lecam: LeCam | None = None,
         reconstruction_loss: str = "mse",
         loss_weights: dict[str, float] | None = None,
         use_adaptive_weight: bool = True,
+        decay_rule: str = "all",
         gradient_clip: float | None = None,
         accumulate_grad_batches: int = 1,
         seed: int = 0,
+        loss_limit: float = 1e8,
     ):
-        super().__init__(gradient_clip, accumulate_grad_batches, seed)
+        super().__init__(gradient_clip, accumulate_grad_batches, seed, loss_limit)
         self.tokenizer, self.discriminator = tokenizer, discriminator
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.discriminator_optimizer_factory = discriminator_optimizer or optimizer
@@ -68,13 +83,20 @@ class ReconstructionStage(Stage):
         self.adversarial = adversarial or AdversarialLoss()
         self.pixel_loss = pixel_loss(reconstruction_loss)
         self.weights = merged_weights(self.default_weights, loss_weights)
-        self.use_adaptive_weight = use_adaptive_weight
-        self.lecam = LeCam() if discriminator is not None else None
+        self.use_adaptive_weight, self.decay_rule = use_adaptive_weight, decay_rule
+        decayed_names(tokenizer, decay_rule)  # refuses an unknown rule
+        self.augment = discriminator_augment
+        self.lecam = (lecam or LeCam()) if discriminator is not None else None
         if discriminator is not None and tokenizer.resolution < getattr(discriminator, "min_size", 0):
             raise ConfigError(
                 f"data.dataset.resolution={tokenizer.resolution} is too small for the discriminator, which needs "
                 f"{discriminator.min_size}; lower discriminator.num_layers or choose discriminator=none"
             )
+
+    @property
+    def first_discriminator_step(self) -> int:
+        """Global step from which the discriminator takes part."""
+        return 0
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the first optimizer updates."""
@@ -82,13 +104,28 @@ class ReconstructionStage(Stage):
 
     def discriminator_steps(self) -> int:
         """Optimizer steps of the discriminator over the whole training."""
-        return self.total_steps
+        return self.total_steps - self.first_discriminator_step
+
+    def _optimizer(self, factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
+        """An optimizer of these parameters, with weight decay for those that `decay_rule` says."""
+        optimizer = factory(parameters)
+        decay = optimizer.defaults.get("weight_decay", 0.0)
+        if self.decay_rule == "all" or not decay:
+            return optimizer
+        names = decayed_names(self, self.decay_rule)
+        decayed = {id(parameter) for name, parameter in self.named_parameters() if name in names}
+        groups = [
+            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        ]
+        return factory([group for group in groups if group["params"]])
 
     def configure_optimizers(self) -> Any:
-        optimizers = [self.optimizer_factory(self.trained_parameters())]
+        optimizers = [self._optimizer(self.optimizer_factory, self.trained_parameters())]
         schedulers = [self.scheduler_factory(optimizers[0], self.total_steps)]
         if self.discriminator is not None:
-            optimizers.append(self.discriminator_optimizer_factory(self.discriminator.parameters()))
+            parameters = list(self.discriminator.parameters())
+            optimizers.append(self._optimizer(self.discriminator_optimizer_factory, parameters))
             schedulers.append(
                 self.discriminator_scheduler_factory(optimizers[1], self.discriminator_steps() or self.total_steps)
             )
@@ -102,8 +139,22 @@ class ReconstructionStage(Stage):
             losses["perceptual"] = perceptual(images, targets).mean()
         return losses
 
+    def judge(self, images: Tensor, rng: IndexedRng) -> Tensor:
+        """The discriminator's logits of augmented images (B, 3, H, W)."""
+        if self.augment is not None:
+            # the draws' step: the trainer's moves on between the two optimizers of one training step
+            since = rng.step - self.first_discriminator_step
+            images = self.augment(images, self.augment.strength(since, self.total_steps), rng)
+        return self.discriminator(images, rng)
+
     def generator_step(
-        self, reconstruction: Tensor, targets: Tensor, others: dict[str, Tensor], adversarial: bool, step: bool
+        self,
+        reconstruction: Tensor,
+        targets: Tensor,
+        others: dict[str, Tensor],
+        adversarial: bool,
+        step: bool,
+        rng: IndexedRng,
     ) -> None:
         """Update the tokenizer.
 
@@ -113,7 +164,13 @@ class ReconstructionStage(Stage):
             others: further unweighted losses, weighted by name.
             adversarial: whether the discriminator takes part.
             step: whether the optimizer steps after this batch.
+            rng: draws of augmentation and discriminator.
+
+        Raises:
+            ConfigError: a loss in `others` that has no weight.
         """
+        if unknown := [name for name in others if name not in self.weights]:
+            raise ConfigError(f"the tokenizer has a loss {unknown[0]!r}, for which stage.loss_weights has no weight")
         reconstruction = reconstruction.float()
         images = reconstruction.detach().requires_grad_()
         losses = self.image_losses(images, targets)
@@ -122,7 +179,7 @@ class ReconstructionStage(Stage):
         gradient = gradient_at(likelihood, images, scale)
         if adversarial:
             self.discriminator.requires_grad_(False)
-            losses["adversarial"] = self.adversarial.generator(self.discriminator(images))
+            losses["adversarial"] = self.adversarial.generator(self.judge(images, rng.named("generator")))
             adversarial_gradient = gradient_at(losses["adversarial"], images, scale)
             self.discriminator.requires_grad_(True)
             gradient, factor = balanced_gradient(
@@ -141,9 +198,10 @@ class ReconstructionStage(Stage):
             total = total + self.weights[name] * value
         self.backward_and_step(total, 0, step)
 
-    def discriminator_step(self, fake: Tensor, real: Tensor, step: bool) -> None:
-        """Update the discriminator on detached reconstructions and real images (B, 3, H, W)."""
-        fake_logits, real_logits = self.discriminator(fake.detach().float()), self.discriminator(real)
+    def discriminator_step(self, fake: Tensor, real: Tensor, step: bool, rng: IndexedRng) -> None:
+        """Update the discriminator on detached reconstructions and real images (B, 3, H, W); `rng` as above."""
+        fake_logits = self.judge(fake.detach().float(), rng.named("discriminator/fake"))
+        real_logits = self.judge(real, rng.named("discriminator/real"))
         losses = {
             "discriminator": self.adversarial.discriminator(real_logits, fake_logits),
             "lecam": self.lecam(real_logits, fake_logits),
@@ -156,7 +214,7 @@ class ReconstructionStage(Stage):
             }
         )
         total = losses["discriminator"] + self.weights["lecam"] * losses["lecam"]
-        self.backward_and_step(self.weights["adversarial"] * total, 1, step)
+        self.backward_and_step(self.weights["discriminator"] * total, 1, step)
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
         """Clean reconstruction; what the figure callbacks read."""

@@ -16,6 +16,7 @@ class TokenizerOutput:
             clean one.
         tokens: (B, P, L) int64; clean tokens.
         losses: unweighted quantizer losses, always from the clean codes.
+        z_q_clean: (B, C, h, w) float; quantised latent before a perturbation.
         depths: (B,) int64; scales that were decoded of each image, where quantizer dropout acted; else None.
         perturbed_share: scalar float; realised share of images that were perturbed (0 without perturbation).
     """
@@ -27,3 +28,4 @@ class TokenizerOutput:
     losses: dict[str, Tensor] = field(default_factory=dict)
     perturbed_share: Tensor | float = 0.0
     depths: Tensor | None = None
+    z_q_clean: Tensor | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tessera.backbones.tuning import LoRA, tune
 from tessera.errors import ConfigError, DataError
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
@@ -13,6 +14,20 @@ from tessera.rng import SampleRng
 from tessera.tokenizers.output import TokenizerOutput
 
 Perturb = Callable[[ProductQuantizer, Tensor, QuantizerOutput], tuple[QuantizerOutput, Tensor | float]]
+
+
+def _projection(in_channels: int, out_channels: int, kernel: int | None, side: str) -> nn.Module:
+    """Convolution between a backbone and the quantizer, which keeps the grid."""
+    if kernel is None:
+        if in_channels != out_channels:
+            raise ConfigError(
+                f"tokenizer.projection_kernel=null needs equal channels, but {in_channels} meet {out_channels} between "
+                f"backbone.{side} and quantizer; set backbone.{side}.z_channels to the quantizer's, or a kernel of 1"
+            )
+        return nn.Identity()
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"tokenizer.projection_kernel={kernel} must be odd, so that the grid stays, or null")
+    return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
 
 
 class Tokenizer(nn.Module):
@@ -26,6 +41,9 @@ class Tokenizer(nn.Module):
         decoder: module with `in_channels`, `last_layer` and `resolution(grid)`; (B, in_channels, h, w) ->
             (B, 3, H, W).
         resolution: side of the square images, in pixels.
+        projection_kernel: side of the two convolutions between backbones and quantizer, odd; None: without them, which
+            needs backbones of the quantizer's channels.
+        encoder_tuning, decoder_tuning: what of them trains: full, lora or frozen, or a `LoRA`; see `tune`.
 
     Attributes:
         grid: (h, w) of the latent.
@@ -34,7 +52,16 @@ class Tokenizer(nn.Module):
         ConfigError: a resolution that the encoder can't take, or parts that do not fit each other.
     """
 
-    def __init__(self, encoder: nn.Module, quantizer: ProductQuantizer, decoder: nn.Module, resolution: int):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        quantizer: ProductQuantizer,
+        decoder: nn.Module,
+        resolution: int,
+        projection_kernel: int | None = 1,
+        encoder_tuning: str | LoRA = "full",
+        decoder_tuning: str | LoRA = "full",
+    ):
         super().__init__()
         self.resolution, self.grid = resolution, encoder.latent_grid(resolution)
         made = decoder.resolution(self.grid)
@@ -49,11 +76,15 @@ class Tokenizer(nn.Module):
                 f"the encoder makes latents for {encoder.groups} branches, but quantizer.branches="
                 f"{quantizer.num_branches}; set backbone.encoder.groups to it, or to 1"
             )
+        tune(encoder, encoder_tuning, "tokenizer.encoder_tuning")
+        tune(decoder, decoder_tuning, "tokenizer.decoder_tuning")
         quantizer.bind_grid(self.grid)
         self.encoder = encoder
-        self.quant_conv = nn.Conv2d(encoder.out_channels, quantizer.dim // encoder.groups, 1)
+        self.quant_conv = _projection(
+            encoder.out_channels, quantizer.in_channels // encoder.groups, projection_kernel, "encoder"
+        )
         self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoder.in_channels, 1)
+        self.post_quant_conv = _projection(quantizer.dim, decoder.in_channels, projection_kernel, "decoder")
         self.decoder = decoder
 
     def encode(self, images: Tensor) -> Tensor:
@@ -78,16 +109,20 @@ class Tokenizer(nn.Module):
             return self.quant_conv(features)
         # (B, P D, h, w) -> (B P, D, h, w): the same projection for every branch
         projected = self.quant_conv(features.view(-1, self.encoder.out_channels, *features.shape[2:]))
-        return projected.view(len(images), self.quantizer.dim, *self.grid)
+        return projected.view(len(images), self.quantizer.in_channels, *self.grid)
 
     def tokenize(self, images: Tensor) -> Tensor:
         """Tokens (B, P, L) int64 of images (B, 3, H, W) in [-1, 1]."""
         return self.quantizer.encode(self.encode(images))
 
+    def decoder_input(self, z_q: Tensor) -> Tensor:
+        """What the decoder gets, (B, decoder.in_channels, h, w), for a quantised latent (B, C, h, w)."""
+        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
+        return self.post_quant_conv(z_q.to(self.last_layer.dtype))
+
     def decode(self, z_q: Tensor) -> Tensor:
         """Images (B, 3, H, W) float, not clamped, of a quantised latent (B, C, h, w)."""
-        # the quantizer's float32 island ends here: weights may be of lower precision (without autocast)
-        return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self.decoder_input(z_q))
 
     def detokenize(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [-1, 1] of tokens (B, P, L), whose shape and range are checked."""
@@ -123,6 +158,7 @@ class Tokenizer(nn.Module):
             losses=clean.losses,
             perturbed_share=share,
             depths=clean.depths,
+            z_q_clean=clean.z_q,
         )
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tessera.errors import ConfigError
-from tessera.zoo import xqgan
+from tessera.zoo import ibq, maskgit, titok, var, xqgan
 from tessera.zoo.export import export, from_pretrained
 
 __all__ = ["export", "from_pretrained", "from_public"]
@@ -16,7 +16,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """Our module with the weights of a published one, loaded strictly.
 
     Args:
-        family: "xqgan".
+        family: "ibq", "maskgit_vqgan", "titok", "var" or "xqgan".
         config: published hyper-parameters; see the family's module.
         state_dict: published state dict or checkpoint.
 
@@ -24,7 +24,13 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
         ConfigError: unknown family or unsupported option.
         CheckpointError: weights that do not fit.
     """
-    families = {"xqgan": xqgan.from_public}
+    families = {
+        "ibq": ibq.from_public,
+        "maskgit_vqgan": maskgit.from_public,
+        "titok": titok.from_public,
+        "var": var.from_public,
+        "xqgan": xqgan.from_public,
+    }
     if family not in families:
         raise ConfigError(f"family {family!r} is unknown; choose one of {', '.join(families)}")
     return families[family](config, state_dict)

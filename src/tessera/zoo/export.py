@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tessera
+from tessera.backbones.tuning import merge
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
 from tessera.zoo.keys import key_problems, load_strictly
 
@@ -50,7 +51,32 @@ def _refuse_foreign_targets(node: Any, source: str) -> None:
             _refuse_foreign_targets(value, source)
 
 
-def _build(config: Mapping[str, Any], source: str) -> nn.Module:
+def plain_architecture(config: Any) -> Any:
+    """A `_target_` tree for weights that are given: nothing pretrained to fetch first, and no adapters.
+
+    Adapters belong to a training; `export` folds them into the weights.
+    """
+    return _with_values(config, {"pretrained": False, "encoder_tuning": "full", "decoder_tuning": "full"})
+
+
+def given_weights(config: Any) -> Any:
+    """A `_target_` tree for weights that are given: nothing pretrained to fetch first."""
+    return _with_values(config, {"pretrained": False})
+
+
+def _with_values(node: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(node, Mapping):
+        return {key: values[key] if key in values else _with_values(item, values) for key, item in node.items()}
+    return [_with_values(item, values) for item in node] if isinstance(node, list | tuple) else node
+
+
+def build(config: Mapping[str, Any], source: str) -> nn.Module:
+    """Instantiate the `_target_` tree of one model, which may name parts of tessera only.
+
+    Raises:
+        CheckpointError: a foreign `_target_`.
+        ConfigError: no `_target_`, or values that its parts refuse.
+    """
     import hydra.utils
 
     _refuse_foreign_targets(config, source)
@@ -61,6 +87,8 @@ def _build(config: Mapping[str, Any], source: str) -> nn.Module:
 
 def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> Path:
     """Write a model to a folder that `from_pretrained` reads; existing files of that name are replaced.
+
+    Low-rank adapters are folded into the weights they adapt, so that the model loads as a plain one.
 
     Args:
         model: tokenizer or generator.
@@ -77,8 +105,9 @@ def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | Non
     config = getattr(model, "architecture", None) if config is None else config
     if config is None:
         raise ConfigError("export needs config, the resolved tree that builds the model")
+    config, model = plain_architecture(config), merge(model)
     with torch.device("meta"):
-        twin = _build(config, "config")
+        twin = build(config, "config")
     state = model.state_dict()
     problems = key_problems(twin.state_dict(), state)
     if problems:
@@ -112,7 +141,7 @@ def from_pretrained(folder: str | Path) -> nn.Module:
         raise CheckpointError(f"{folder / _CONFIG} is not valid JSON: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f"{folder / _CONFIG} was not written by tessera.zoo.export")
-    model = _build(description["config"], str(folder / _CONFIG))
+    model = build(description["config"], str(folder / _CONFIG))
     load_strictly(model, load_file(folder / _WEIGHTS), str(folder / _WEIGHTS))
     stored = description.get("fingerprint")
     if stored is not None and model.fingerprint() != stored:

@@ -5,10 +5,14 @@ The names of other code bases live here and nowhere else.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tessera.errors import CheckpointError
+from tessera.errors import CheckpointError, MissingFileError
 
 # (pattern of the whole published key, our key). The first match decides; a key without match keeps its name.
 Rules = Sequence[tuple[str, str]]
@@ -16,26 +20,36 @@ Rules = Sequence[tuple[str, str]]
 XQGAN_SINGLE_GRID: Rules = (
     (r"quantize\.embedding\.weight", r"quantizer.branches.0.codebooks.0.embedding"),
     (r"quantizes\.(\d+)\.embedding\.weight", r"quantizer.branches.\1.codebooks.0.embedding"),
-    (r"((?:encoder|decoder|quant_conv|post_quant_conv)\..*)", r"\1"),
 )
-# Frozen teachers, training-only layers and usage statistics: nothing a tokenizer needs to run
-XQGAN_IGNORED: Sequence[str] = (
-    r"semantic_model\..*",
-    r"detail_model\..*",
-    r"sem_linear\..*",
-    r".*\.ema_vocab_hit_SV",
-    r"(?:encoder|decoder)\.lvl1LC",
-)
-
-# Multi-scale quantizers; to be put before the rules of single-grid ones, which hold for their codebooks
 XQGAN_MULTI_SCALE: Rules = (
     (r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.0.phi.\1.\2"),
     (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.0.phi.0.\1"),
     (r"quantizes\.(\d+)\.quant_resi\.(?:qresi_ls\.)?(\d+)\.(weight|bias)", r"quantizer.branches.\1.phi.\2.\3"),
     (r"quantizes\.(\d+)\.quant_resi\.qresi\.(weight|bias)", r"quantizer.branches.\1.phi.0.\2"),
 )
+# peft wraps a network as base_model.model, a target layer as base_layer, and copies layers that train in full
+_NETWORK = r"(encoder|decoder)\.model\.(?:base_model\.model\.)?"
+XQGAN_BACKBONES: Rules = (
+    (r"(encoder|decoder)\.lvl_embed\.weight", r"\1.level_embed"),
+    (r"decoder\.to_pixel\.model\.0\.linear\.(.*)", r"decoder.to_pixel.hidden.\1"),
+    (r"decoder\.to_pixel\.model\.(?:1\.)?(?:linear\.)?(weight|bias)", r"decoder.to_pixel.projection.\1"),
+    (_NETWORK + r"(.*)\.lora_A\.default\.weight", r"\1.network.\2.lora_a"),
+    (_NETWORK + r"(.*)\.lora_B\.default\.weight", r"\1.network.\2.lora_b"),
+    (_NETWORK + r"(.*)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)", r"\1.network.\2.\3"),
+    (_NETWORK + r"(.*)", r"\1.network.\2"),
+)
+XQGAN: Rules = (*XQGAN_SINGLE_GRID, *XQGAN_MULTI_SCALE, *XQGAN_BACKBONES)
 # Code magnitudes of LFQ, which follow from the options
 XQGAN_BINARY_IGNORED: Sequence[str] = (r"quantizes?\.(?:\d+\.)?scaler",)
+# Frozen teachers, training-only layers, usage statistics, and peft's untrained copies: nothing a tokenizer needs to run
+XQGAN_IGNORED: Sequence[str] = (
+    r"semantic_model\..*",
+    r"detail_model\..*",
+    r"sem_linear\..*",
+    r".*\.ema_vocab_hit_SV",
+    r"(?:encoder|decoder)\.lvl1LC",
+    r".*\.original_module\.(?:weight|bias)",
+)
 
 
 def rename(state: Mapping[str, Tensor], rules: Rules, ignored: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -60,6 +74,29 @@ def rename(state: Mapping[str, Tensor], rules: Rules, ignored: Sequence[str] = (
             raise CheckpointError(f"two published keys stand for {ours}; the second is {key}")
         renamed[ours] = value
     return renamed
+
+
+def read_public(path: str | Path, hint: str) -> dict[str, Any]:
+    """A published weight file: safetensors by its suffix, else a torch pickle, of which only plain values are read.
+
+    Args:
+        hint: where to get the file, for the message.
+
+    Raises:
+        MissingFileError: no such file.
+        CheckpointError: not a weight file.
+    """
+    if not Path(path).is_file():
+        raise MissingFileError(f"{path} does not exist; {hint}, or give its path")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} can't be read as weights ({type(error).__name__}: {error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, not a dictionary of weights")
+    return found
 
 
 def key_problems(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,190 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from golden_cases import assert_close, golden
+from tessera.discriminators import BlurPatchGAN
+from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.losses import AdversarialLoss, ConvNeXtLogits, LeCam, PerceptualMean, pixel_loss
+
+PREFIX = "stage2."
+TINY = ((4, 6, 1), (6, None, 1))
+
+
+class PooledDistance(nn.Module):
+    """The file's stand-in for LPIPS."""
+
+    def forward(self, x, y):
+        return F.avg_pool2d((x - y) / 2, 4).square().mean((1, 2, 3))
+
+
+def part(file, prefix):
+    return {key.removeprefix(prefix): value for key, value in file.weights.items() if key.startswith(prefix)}
+
+
+def published_convnext(file, folder, changed=None):
+    weights = {**part(file, f"{PREFIX}perceptual_loss.convnext."), **(changed or {})}
+    save_file(weights, folder / "convnext.safetensors")
+    options = file.config["convnext"]
+    return ConvNeXtLogits(folder / "convnext.safetensors", stages=options["blocks"], num_classes=options["num_classes"])
+
+
+def published_discriminator(file):
+    options = file.config["disc"]
+    model = BlurPatchGAN(options["hidden_channels"], options["num_stages"])
+    weights = part(file, f"{PREFIX}discriminator.")
+    model.load_state_dict({key: value for key, value in weights.items() if not key.endswith("kernel")}, strict=True)
+    return model
+
+
+def signed(images_01):
+    return 2 * images_01 - 1
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["titok_losses"])
+def test_published_perceptual_losses(case, tmp_path):
+    file = golden(case)
+    x, y = signed(file.input["reconstruction"]), signed(file.input["image"])
+    convnext = published_convnext(file, tmp_path)
+    with torch.no_grad():
+        assert_close(convnext.logits(y), file.output["convnext_logits_image"], atol=2e-5, rtol=1e-4)
+        assert_close(convnext(x, y).mean(), file.output["convnext_loss"], atol=2e-5, rtol=1e-4)
+        mean = PerceptualMean({"lpips": PooledDistance(), "convnext": convnext}, {"lpips": 1.0, "convnext": 0.1})
+        assert_close(mean(x, y).mean(), file.output["lpips_convnext_mix"].mean(), atol=2e-5, rtol=1e-4)
+        for key in part(file, f"{PREFIX}perceptual_loss.convnext."):
+            if key.endswith("weight"):
+                weights = part(file, f"{PREFIX}perceptual_loss.convnext.")
+                other = published_convnext(file, tmp_path, {key: -1.5 * weights[key]})
+                assert not torch.allclose(other.logits(y), file.output["convnext_logits_image"], atol=1e-3), key
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["titok_losses"])
+def test_published_discriminator_and_its_losses(case):
+    file = golden(case)
+    model, lecam, settings = published_discriminator(file), LeCam(of_means=True, update_first=False), file.config
+    lecam.mean_real, lecam.mean_fake = (
+        file.weights[f"{PREFIX}ema_{kind}_logits_mean"].squeeze() for kind in ("real", "fake")
+    )
+    fake = signed(file.input["reconstruction"])
+    close = {"atol": 2e-5, "rtol": 1e-4}
+    with torch.no_grad():
+        images = signed(file.input["image"])
+        assert_close(model(images), file.output["discriminator_logits_real"], **close)
+        inside = model.blocks[0](model.block_in((images + 1) / 2)).mean((2, 3))
+        assert_close(inside, file.output["discriminator_block0_mean"], **close)
+    weight = settings["losses"]["stage2"]["lecam_regularization_weight"]
+    for number, name in enumerate(("image", "image2")):
+        model.zero_grad()
+        logits_real, logits_fake = model(signed(file.input[name])), model(fake)
+        regulariser = weight * lecam(logits_real, logits_fake)
+        loss = AdversarialLoss().discriminator(logits_real, logits_fake) + regulariser
+        loss.backward()
+        found = {
+            "discriminator_loss": loss,
+            "lecam_loss": regulariser,
+            "logits_real": logits_real.mean(),
+            "logits_fake": logits_fake.mean(),
+            "ema_real_logits_mean": lecam.mean_real[None],
+            "ema_fake_logits_mean": lecam.mean_fake[None],
+            "grad_to_logits2_weight_norm": model.to_logits[2].weight.grad.norm(),
+        }
+        expected = {key.split("/")[1]: value for key, value in file.output.items() if key.startswith(f"disc{number}/")}
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            assert_close(found[key].detach(), value, **close)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["titok_losses"])
+def test_published_terms_of_the_generator(case, tmp_path):
+    """Sums of our terms with the published weights; images in [-1, 1] make the squared error 4 times that of [0, 1]."""
+    file = golden(case)
+    discriminator, convnext = published_discriminator(file), published_convnext(file, tmp_path)
+    perceptual = {
+        "convnext_s": convnext,
+        "lpips-convnext_s-1.0-0.1": PerceptualMean(
+            {"lpips": PooledDistance(), "convnext": convnext}, {"lpips": 1.0, "convnext": 0.1}
+        ),
+    }
+    target = signed(file.input["image"])
+    mean, log_variance = file.input["moments"].chunk(2, dim=1)
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(mean)
+    for name, options in file.config["losses"].items():
+        for moment in ("before", "after"):
+            given = file.input["reconstruction"].clone().requires_grad_()
+            images = signed(given)
+            terms = {
+                "reconstruction_loss": pixel_loss("mse")(images, target) / 4 * options["reconstruction_weight"],
+                "perceptual_loss": perceptual[options["perceptual_loss"]](images, target).mean()
+                * options["perceptual_weight"],
+            }
+            if "kl_weight" in options:
+                terms["reconstruction_loss"] /= torch.tensor(options["logvar_init"]).exp()
+                terms["kl_loss"] = kl * options["kl_weight"]
+            else:
+                terms["quantizer_loss"] = file.input["quantizer_loss"] * options["quantizer_weight"]
+            if moment == "after":
+                gan = AdversarialLoss().generator(discriminator(images))
+                assert_close(gan.detach(), file.output[f"{name}/after/gan_loss"], atol=2e-5, rtol=1e-4)
+                terms["weighted_gan_loss"] = gan * options["discriminator_weight"]
+            total = sum(terms.values())
+            total.backward()
+            for key, value in {**terms, "total": total}.items():
+                assert_close(value.detach(), file.output[f"{name}/{moment}/{key}"], atol=2e-5, rtol=1e-4)
+            norm, crop = (file.output[f"{name}/{moment}/grad_reconstruction_{kind}"] for kind in ("norm", "crop"))
+            assert_close(given.grad.norm(), norm, atol=2e-5, rtol=1e-4)
+            assert_close(given.grad[..., :4, :4], crop, atol=2e-5, rtol=1e-4)
+
+
+def tiny():
+    torch.manual_seed(0)
+    return ConvNeXtLogits(pretrained=False, stages=TINY, num_classes=5)
+
+
+def test_frozen_and_in_eval_mode():
+    model = tiny().train()
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    x, y = torch.rand(2, 3, 20, 24, requires_grad=True), torch.rand(2, 3, 20, 24)
+    distances = model(x, y)
+    distances.sum().backward()
+    assert distances.shape == (2,) and x.grad.abs().sum() > 0
+    assert model(y, y).abs().max() == 0
+
+
+def test_the_published_network():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ConvNeXtLogits(pretrained=False).parameters()) == 50_223_688
+
+
+def test_weights(tmp_path):
+    with pytest.raises(MissingFileError, match=r"perceptual\.weights=.*nothing\.pth does not exist.*perceptual=none"):
+        ConvNeXtLogits(tmp_path / "nothing.pth")
+    state = tiny().network.state_dict()
+    state["classifier.2.bias"] = state["classifier.2.bias"][:-1]
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth does not fit: classifier\.2\.bias is \(4,\), not \(5,\)"):
+        ConvNeXtLogits(tmp_path / "other.pth", stages=TINY, num_classes=5)
+    with pytest.raises(ConfigError, match=r"perceptual\.pretrained=false"):
+        ConvNeXtLogits(tmp_path / "other.pth", pretrained=False)
+
+
+def test_mean_of_losses():
+    class Constant(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x, y):
+            return torch.full((len(x),), self.value)
+
+    x = torch.zeros(2, 3, 4, 4)
+    mean = PerceptualMean({"a": Constant(1.0), "b": Constant(5.0)}, {"a": 3.0, "b": 1.0})
+    assert mean(x, x).tolist() == [2.0, 2.0]
+    for weights in ({"a": 1.0}, {"a": 1.0, "b": 0.0}):
+        with pytest.raises(ConfigError, match=r"perceptual\.weights=.*: a, b"):
+            PerceptualMean({"a": Constant(1.0), "b": Constant(5.0)}, weights)

@@ -1,0 +1,81 @@
+"""Recipes of published tokenizers build exactly the published architectures."""
+
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from conf_commands import CONF, composed
+from tessera.run.build import make
+from zoo.test_published import ROWS, built
+
+# published row -> recipe that builds its architecture
+RECIPES = {
+    ("ibq", "ibq-tokenizer-1024"): "ibq/tokenizer_1024",
+    ("ibq", "ibq-tokenizer-8192"): "ibq/tokenizer_8192",
+    ("ibq", "ibq-tokenizer-16384"): "ibq/tokenizer_16384",
+    ("ibq", "ibq-tokenizer-262144"): "ibq/tokenizer_262144",
+    ("ibq", "ibq-tokenizer-16384-pretrain"): "ibq/tokenizer_16384_pretrain",
+    ("ibq", "ibq-tokenizer-262144-pretrain"): "ibq/tokenizer_262144_pretrain",
+    ("titok", "titok_l32"): "titok/l32_stage1",
+    ("titok", "titok_b64"): "titok/b64_stage1",
+    ("titok", "titok_s128"): "titok/s128_stage1",
+    ("titok", "titok_bl64_vq8k"): "titok/bl64_vq8k",
+    ("titok", "titok_bl128_vq8k"): "titok/bl128_vq8k",
+    ("titok", "titok_sl256_vq8k"): "titok/sl256_vq8k",
+    ("titok", "titok_ll32_vae_c16"): "titok/ll32_vae_c16",
+    ("titok", "titok_bl64_vae_c16"): "titok/bl64_vae_c16",
+    ("titok", "titok_bl128_vae_c16"): "titok/bl128_vae_c16",
+    ("titok", "maskgit_vqgan_imagenet_f16_256"): "titok/maskgit_vqgan",
+    ("var", "VAR-VQVAE-ch160v4096z32"): "var/vqvae",
+}
+STAGE_TWO = ("titok/l32_stage2", "titok/b64_stage2", "titok/s128_stage2")
+
+
+def settings(module: torch.nn.Module) -> dict[str, str]:
+    """What decides the function besides the weights."""
+    ours = ((name, part) for name, part in module.named_modules() if type(part).__module__.startswith("tessera."))
+    return {name: f"{type(part).__name__}({part.extra_repr()})" for name, part in ours}
+
+
+def test_every_row_has_a_recipe():
+    assert set(RECIPES) == set(ROWS)
+
+
+@pytest.mark.parametrize(("family", "name"), RECIPES)
+def test_recipe_builds_the_published_architecture(family, name):
+    published, state = built(family, name)
+    cfg = composed("train", [f"experiment={RECIPES[family, name]}"])
+    with torch.device("meta"):
+        ours = make(cfg.tokenizer)
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in state.items()}
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 3) == ROWS[family, name]["params_millions"]
+    assert (ours.grid, ours.quantizer.grids) == (published.grid, published.quantizer.grids)
+    assert settings(ours) == settings(published)
+    assert cfg.data.batch_size * cfg.trainer.devices * cfg.trainer.get("num_nodes", 1) == 256
+    if family == "ibq":
+        check_ibq_training(cfg, ROWS[family, name]["config"])
+
+
+def check_ibq_training(cfg: DictConfig, published: dict[str, Any]) -> None:
+    """The hyper-parameters of training that IBQ publishes with a row."""
+    training, losses, weights = published["training"], published["lossconfig"], cfg.stage.loss_weights
+    assert cfg.trainer.max_steps == (training.get("max_steps") or training["max_epochs"] * 5005)
+    assert list(cfg.scheduler.drop_steps) == [epoch * 5005 for epoch in training.get("lr_drop_epoch", [])]
+    assert cfg.optimizer.lr == training["learning_rate"] and cfg.callbacks.ema.decay == published["ema_decay"]
+    assert weights.adversarial == losses["gen_loss_weight"] and weights.lecam == losses["lecam_loss_weight"]
+    assert weights.joint == weights.commitment == losses["quant_loss_weight"] and weights.codebook == published["beta"]
+    assert weights.entropy_sample == losses["entropy_loss_weight"] * published["sample_minimization_weight"]
+    assert weights.entropy_batch == losses["entropy_loss_weight"] * published["batch_maximization_weight"]
+    assert cfg.quantizer.branch.codebook.entropy_temperature == published["entropy_temperature"]
+
+
+@pytest.mark.parametrize("recipe", STAGE_TWO)
+def test_stage_two_trains_the_decoder_of_stage_one(recipe):
+    cfg = composed("train", [f"experiment={recipe}", "tokenizer.path=somewhere.ckpt"])
+    assert cfg.stage.trained_parts == ["post_quant_conv", "decoder"] and cfg.tokenizer.path == "somewhere.ckpt"
+    assert cfg.trainer.max_steps == 500_000 and cfg.stage.discriminator_start_steps == 20_000
+    command = next(line for line in (CONF / "experiment" / f"{recipe}.yaml").open() if line.startswith("# Command"))
+    assert f"outputs/{recipe.replace('stage2', 'stage1')}/checkpoints/last.ckpt" in command
