@@ -14,62 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.backbones.to_pixel import LinearPixels
-from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.errors import ConfigError
+from tessera.frozen import timm_vit
 
 DINOV2_BASE = "vit_base_patch14_dinov2.lvd142m"
 POSITIONS = ("absolute", "learned")
 
 
-def timm_vit(name: str, pretrained: bool | str, key: str, **options: Any) -> nn.Module:
-    """A vision transformer of timm without head; its weights are resampled to the patch size and resolution.
+def vision_transformer(model: str, pretrained: bool, weights: str | Path | None, key: str, **options: Any) -> nn.Module:
+    """A vision transformer of timm without head, with class token and learned positions.
 
     Args:
-        name: timm's name, with the tag of the weights.
-        pretrained: True: download timm's weights; a path: read a file of them; False: initialise at random. On the
-            meta device nothing is read.
+        model: timm's name, with the tag of the weights.
+        pretrained, weights: see `timm_vit`; on the meta device nothing is read. Random weights are Xavier's: timm's own
+            standard deviation of 0.02 suits large widths only.
         key: of the configuration, for messages.
         **options: of timm's constructor.
 
     Raises:
-        ConfigError: unknown name, or no vision transformer with class token and learned positions.
+        ConfigError: not such a model.
         MissingFileError: the weights are neither here nor to be had.
         CheckpointError: the weights don't fit the model.
     """
-    import timm
-    from timm.models import is_model_in_modules
+    from timm.models import is_model_in_modules, list_models
 
-    architecture = name.split(".")[0]
-    if not is_model_in_modules(architecture, {"vision_transformer"}):
-        near = ", ".join(timm.list_models("vit_*_dinov2"))
-        raise ConfigError(f"{key}.name={name!r} is no vision transformer of timm; choose e.g. one of {near}")
-    if isinstance(pretrained, str):
-        if not Path(pretrained).is_file():
-            raise MissingFileError(
-                f"{key}.pretrained={pretrained} does not exist; give the file of {name}'s weights, true to download "
-                "them, or false to start from random weights"
-            )
-        options["pretrained_cfg_overlay"] = {"file": pretrained}
-    if not pretrained:
-        options["weight_init"] = "jax"  # Xavier: timm's own standard deviation of 0.02 suits large widths only
-    load = bool(pretrained) and torch.get_default_device().type != "meta"
-    try:
-        model = timm.create_model(name, pretrained=load, num_classes=0, **options)
-    except (OSError, ConnectionError) as error:
-        raise MissingFileError(
-            f"{key}.pretrained={pretrained}: the weights of {name} can't be had ({type(error).__name__}: {error}); "
-            "give the path of a local file, or false to start from random weights"
-        ) from error
-    except RuntimeError as error:
-        if not load:
-            raise
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{key}.pretrained={pretrained}: the weights don't fit {name} with {key}.width, depth and num_heads as "
-            f"configured ({text[:300]}); leave these at null, or set {key}.pretrained=false"
-        ) from error
-    if model.cls_token is None or model.pos_embed is None:
-        raise ConfigError(f"{key}.name={name!r} has no class token or no learned positions; choose a DINOv2")
-    return model
+    if not is_model_in_modules(model.split(".")[0], {"vision_transformer"}):
+        near = ", ".join(list_models("vit_*_dinov2"))
+        raise ConfigError(f"{key}.model={model!r} is no vision transformer of timm; choose e.g. one of {near}")
+    load = pretrained and torch.get_default_device().type != "meta"
+    network = timm_vit(
+        model, load, weights if load else None, key, **({} if load else {"weight_init": "jax"}), **options
+    )
+    if network.cls_token is None or network.pos_embed is None:
+        raise ConfigError(f"{key}.model={model!r} has no class token or no learned positions; choose a DINOv2")
+    return network
 
 
 def _sides(grid: int | Sequence[int], key: str) -> tuple[int, int]:
@@ -95,11 +73,12 @@ class _LatentViT(nn.Module):
     def __init__(
         self,
         grid: int | Sequence[int],
-        name: str,
+        model: str,
         resolution: int,
         patch_size: int,
         position: str,
-        pretrained: bool | str,
+        pretrained: bool,
+        weights: str | Path | None,
         drop_path: float,
         width: int | None,
         depth: int | None,
@@ -124,16 +103,17 @@ class _LatentViT(nn.Module):
                 raise ConfigError(f"{key}.{ours}={value} must be positive")
         if width is not None and num_heads is not None and width % num_heads:
             raise ConfigError(f"{key}.num_heads={num_heads} does not divide {key}.width={width}")
-        self.network = timm_vit(
-            name,
+        self.network = vision_transformer(
+            model,
             pretrained,
+            weights,
             key,
             img_size=resolution,
             patch_size=patch_size,
             drop_path_rate=drop_path,
             **{argument: value for argument, value in sizes.items() if value is not None},
         )
-        self.name, self.image_resolution, self.patch_size = name.split(".")[0], resolution, patch_size
+        self.model, self.image_resolution, self.patch_size = model.split(".")[0], resolution, patch_size
         self.width: int = self.network.embed_dim
         self.patch_grid: tuple[int, int] = (resolution // patch_size,) * 2
         self.num_prefix: int = self.network.num_prefix_tokens
@@ -143,7 +123,7 @@ class _LatentViT(nn.Module):
         """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
         heads = self.network.blocks[0].attn.num_heads
         return (
-            f"name={self.name}, resolution={self.image_resolution}, patch_size={self.patch_size}, grid={self.grid}, "
+            f"model={self.model}, resolution={self.image_resolution}, patch_size={self.patch_size}, grid={self.grid}, "
             f"position={self.position}, num_heads={heads}"
         )
 
@@ -208,13 +188,13 @@ class ViTEncoder(_LatentViT):
 
     Args:
         grid: (h, w) of the latent, or one number for a square; need not be the patches' grid.
-        name: of a timm model, with the tag of its weights.
+        model: timm's name, with the tag of its weights.
         resolution: H = W, in pixels.
         patch_size: in pixels.
         groups: P, latent grids; the number of branches, or 1.
         position: absolute or learned.
-        pretrained: True: timm's download; a path; False: random weights. Weights of other patch sizes and resolutions
-            are resampled.
+        pretrained: start from published weights, resampled to patch size and resolution; False: from random ones.
+        weights: a local file of them; None: from the hub.
         drop_path: rate of the last block; rises linearly from 0 at the first.
         width, depth, num_heads, layer_scale: replace the model's own; None: as timm has them (`layer_scale` is the
             initial value, 1e-5 in DINOv2, with which a random network hardly starts to train).
@@ -233,12 +213,13 @@ class ViTEncoder(_LatentViT):
     def __init__(
         self,
         grid: int | Sequence[int] = 16,
-        name: str = DINOV2_BASE,
+        model: str = DINOV2_BASE,
         resolution: int = 256,
         patch_size: int = 16,
         groups: int = 1,
         position: str = "absolute",
-        pretrained: bool | str = True,
+        pretrained: bool = True,
+        weights: str | Path | None = None,
         drop_path: float = 0.1,
         width: int | None = None,
         depth: int | None = None,
@@ -248,7 +229,18 @@ class ViTEncoder(_LatentViT):
         if groups < 1:
             raise ConfigError(f"{self.key}.groups={groups} must be at least 1; it is the number of branches, or 1")
         super().__init__(
-            grid, name, resolution, patch_size, position, pretrained, drop_path, width, depth, num_heads, layer_scale
+            grid,
+            model,
+            resolution,
+            patch_size,
+            position,
+            pretrained,
+            weights,
+            drop_path,
+            width,
+            depth,
+            num_heads,
+            layer_scale,
         )
         self.groups, self.out_channels = groups, self.width
         size = groups * self.grid[0] * self.grid[1]
@@ -296,8 +288,8 @@ class ViTDecoder(_LatentViT):
     class token and registers of their own.
 
     Args:
-        grid, name, resolution, patch_size, position, pretrained, drop_path, width, depth, num_heads, layer_scale: as in
-            `ViTEncoder`.
+        grid, model, resolution, patch_size, position, pretrained, weights, drop_path, width, depth, num_heads,
+            layer_scale: as in `ViTEncoder`.
         to_pixel: factory of the pixel head, called with `width` and `patch_size`; None: `LinearPixels`.
 
     Raises:
@@ -311,11 +303,12 @@ class ViTDecoder(_LatentViT):
     def __init__(
         self,
         grid: int | Sequence[int] = 16,
-        name: str = DINOV2_BASE,
+        model: str = DINOV2_BASE,
         resolution: int = 256,
         patch_size: int = 16,
         position: str = "absolute",
-        pretrained: bool | str = True,
+        pretrained: bool = True,
+        weights: str | Path | None = None,
         drop_path: float = 0.1,
         width: int | None = None,
         depth: int | None = None,
@@ -324,7 +317,18 @@ class ViTDecoder(_LatentViT):
         to_pixel: Callable[..., nn.Module] | None = None,
     ):
         super().__init__(
-            grid, name, resolution, patch_size, position, pretrained, drop_path, width, depth, num_heads, layer_scale
+            grid,
+            model,
+            resolution,
+            patch_size,
+            position,
+            pretrained,
+            weights,
+            drop_path,
+            width,
+            depth,
+            num_heads,
+            layer_scale,
         )
         self.network.patch_embed = nn.Identity()  # no image enters here
         self.in_channels = self.width
