@@ -212,6 +212,14 @@ def test_settings_that_no_weight_shows_enter_the_text():
     assert encoder(position="learned").extra_repr() != encoder().extra_repr()
 
 
+def test_initial_positions():
+    for position in ("absolute", "learned"):
+        for build in (encoder, decoder):
+            module = build(position=position, grid=12, position_std=0.5)
+            table = module.network.pos_embed if position == "absolute" else module.latent_pos_embed
+            assert 0.35 < table.std() < 0.5 and table.abs().max() <= 1.0  # normal, cut at two deviations
+
+
 @pytest.fixture
 def weights_file(tmp_path):
     """Weights as they would be published: 14 x 14 pixels per patch, a grid of 5 x 5."""
@@ -283,6 +291,7 @@ def test_pretrained_weights_that_are_missing_or_do_not_fit(weights_file, tmp_pat
         ({"patch_size": 5}, r"encoder\.resolution=16 is not divisible by backbone\.encoder\.patch_size=5"),
         ({"num_heads": 5}, r"encoder\.num_heads=5 does not divide"),
         ({"depth": 0}, r"encoder\.depth=0"),
+        ({"position_std": 0.0}, r"encoder\.position_std=0.0"),
         ({"layer_scale": -1.0}, r"encoder\.layer_scale=-1.0"),
     ],
 )

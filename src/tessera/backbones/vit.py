@@ -42,9 +42,9 @@ def vision_transformer(model: str, pretrained: bool, weights: str | Path | None,
         near = ", ".join(list_models("vit_*_dinov2"))
         raise ConfigError(f"{key}.model={model!r} is no vision transformer of timm; choose e.g. one of {near}")
     load = pretrained and torch.get_default_device().type != "meta"
-    network = timm_vit(
-        model, load, weights if load else None, key, **({} if load else {"weight_init": "jax"}), **options
-    )
+    if not load:
+        weights, options["weight_init"] = None, "jax"
+    network = timm_vit(model, load, weights, key, **options)
     if network.cls_token is None or network.pos_embed is None:
         raise ConfigError(f"{key}.model={model!r} has no class token or no learned positions; choose a DINOv2")
     return network
@@ -84,6 +84,7 @@ class _LatentViT(nn.Module):
         depth: int | None,
         num_heads: int | None,
         layer_scale: float | None,
+        position_std: float,
     ):
         super().__init__()
         key = self.key
@@ -97,7 +98,7 @@ class _LatentViT(nn.Module):
                 f"{key}.resolution={resolution} is not divisible by {key}.patch_size={patch_size}; both are in pixels"
             )
         sizes = {"embed_dim": width, "depth": depth, "num_heads": num_heads, "init_values": layer_scale}
-        for argument, value in sizes.items():
+        for argument, value in {**sizes, "position_std": position_std}.items():
             if value is not None and value <= 0:
                 ours = {"embed_dim": "width", "init_values": "layer_scale"}.get(argument, argument)
                 raise ConfigError(f"{key}.{ours}={value} must be positive")
@@ -113,6 +114,8 @@ class _LatentViT(nn.Module):
             drop_path_rate=drop_path,
             **{argument: value for argument, value in sizes.items() if value is not None},
         )
+        if not pretrained:
+            nn.init.trunc_normal_(self.network.pos_embed, std=position_std, a=-2 * position_std, b=2 * position_std)
         self.model, self.image_resolution, self.patch_size = model.split(".")[0], resolution, patch_size
         self.width: int = self.network.embed_dim
         self.patch_grid: tuple[int, int] = (resolution // patch_size,) * 2
@@ -198,6 +201,8 @@ class ViTEncoder(_LatentViT):
         drop_path: rate of the last block; rises linearly from 0 at the first.
         width, depth, num_heads, layer_scale: replace the model's own; None: as timm has them (`layer_scale` is the
             initial value, 1e-5 in DINOv2, with which a random network hardly starts to train).
+        position_std: of the initial positions, those of pretrained weights aside. Beside random patch embeddings, 0.02
+            is too little for small networks to tell the patches apart soon.
 
     Raises:
         ConfigError: a value out of range, or an unsuitable model.
@@ -225,6 +230,7 @@ class ViTEncoder(_LatentViT):
         depth: int | None = None,
         num_heads: int | None = None,
         layer_scale: float | None = None,
+        position_std: float = 0.02,
     ):
         if groups < 1:
             raise ConfigError(f"{self.key}.groups={groups} must be at least 1; it is the number of branches, or 1")
@@ -241,6 +247,7 @@ class ViTEncoder(_LatentViT):
             depth,
             num_heads,
             layer_scale,
+            position_std,
         )
         self.groups, self.out_channels = groups, self.width
         size = groups * self.grid[0] * self.grid[1]
@@ -249,7 +256,7 @@ class ViTEncoder(_LatentViT):
         if position == "absolute":
             self.level_embed = _level_embed(1 + groups, self.width)
         else:
-            self.latent_pos_embed = nn.Parameter(_truncated(1, size, self.width, std=0.02))
+            self.latent_pos_embed = nn.Parameter(_truncated(1, size, self.width, std=position_std))
 
     def latent_grid(self, resolution: int) -> tuple[int, int]:
         """(h, w) of the latent; ConfigError for a resolution it wasn't built for."""
@@ -289,7 +296,7 @@ class ViTDecoder(_LatentViT):
 
     Args:
         grid, model, resolution, patch_size, position, pretrained, weights, drop_path, width, depth, num_heads,
-            layer_scale: as in `ViTEncoder`.
+            layer_scale, position_std: as in `ViTEncoder`.
         to_pixel: factory of the pixel head, called with `width` and `patch_size`; None: `LinearPixels`.
 
     Raises:
@@ -314,6 +321,7 @@ class ViTDecoder(_LatentViT):
         depth: int | None = None,
         num_heads: int | None = None,
         layer_scale: float | None = None,
+        position_std: float = 0.02,
         to_pixel: Callable[..., nn.Module] | None = None,
     ):
         super().__init__(
@@ -329,6 +337,7 @@ class ViTDecoder(_LatentViT):
             depth,
             num_heads,
             layer_scale,
+            position_std,
         )
         self.network.patch_embed = nn.Identity()  # no image enters here
         self.in_channels = self.width
@@ -337,7 +346,9 @@ class ViTDecoder(_LatentViT):
         if position == "absolute":
             self.level_embed = _level_embed(2, self.width)
         else:
-            self.latent_pos_embed = nn.Parameter(_truncated(1, self.grid[0] * self.grid[1], self.width, std=0.02))
+            self.latent_pos_embed = nn.Parameter(
+                _truncated(1, self.grid[0] * self.grid[1], self.width, std=position_std)
+            )
         self.to_pixel = (to_pixel or LinearPixels)(width=self.width, patch_size=patch_size)
 
     @property
@@ -374,7 +385,7 @@ class ViTDecoder(_LatentViT):
 
 
 def _truncated(*shape: int, std: float) -> Tensor:
-    return nn.init.trunc_normal_(torch.empty(*shape), std=std)
+    return nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-2 * std, b=2 * std)
 
 
 def _level_embed(levels: int, width: int) -> nn.Parameter:
