@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from golden_cases import assert_close
 from tessera.backbones import ConvPixels, ViTDecoder, ViTEncoder
-from tessera.backbones.vit import vision_transformer
+from tessera.backbones.vit_network import vision_transformer
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
 
 SMALL = "vit_small_patch14_dinov2"

@@ -92,4 +92,4 @@ def test_a_wrong_number_of_groups_or_another_grid_is_refused():
         Tokenizer(ViTEncoder(**{**VIT, "grid": 3}), quantizer, ViTDecoder(**VIT), resolution=16)
     with pytest.raises(ConfigError, match=r"quantizer\.branch\.grids"):
         multiscale = ProductQuantizer(BRANCHES["multiscale"], branches=1, dim=4)
-        Tokenizer(ViTEncoder(**{**VIT, "grid": 3}), multiscale, CNNDecoder(**CNN), resolution=16)
+        Tokenizer(ViTEncoder(**{**VIT, "grid": 3}), multiscale, ViTDecoder(**{**VIT, "grid": 3}), resolution=16)
