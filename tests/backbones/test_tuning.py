@@ -15,7 +15,7 @@ from tessera.tokenizers import Tokenizer
 from tessera.zoo import export, from_pretrained
 
 TINY = {
-    "name": "vit_small_patch14_dinov2",
+    "model": "vit_small_patch14_dinov2",
     "resolution": 16,
     "patch_size": 4,
     "grid": 3,
@@ -122,7 +122,7 @@ def config(encoder_tuning):
     return {
         "_target_": "tessera.tokenizers.Tokenizer",
         # as a training has it; an export must not need the file
-        "encoder": {**vit, "pretrained": "/nowhere/dinov2.pth"},
+        "encoder": {**vit, "pretrained": True, "weights": "/nowhere/dinov2.pth"},
         "quantizer": {"_target_": "tessera.quantizers.ProductQuantizer", "branches": 1, "dim": 4, "branch": branch},
         "decoder": {**vit, "_target_": "tessera.backbones.ViTDecoder"},
         "resolution": 16,
@@ -138,7 +138,7 @@ def test_export_is_free_of_adapters_and_of_pretrained_files(mode, tmp_path):
     loaded = from_pretrained(folder)
     assert type(loaded.encoder.network.blocks[0].mlp.fc1) is nn.Linear
     assert loaded.architecture["encoder_tuning"] == loaded.architecture["decoder_tuning"] == "full"
-    assert loaded.architecture["encoder"]["pretrained"] is False
+    assert loaded.architecture["encoder"]["pretrained"] is False and loaded.architecture["encoder"]["weights"] is None
     assert trained(loaded) == {name for name, _ in loaded.named_parameters()}
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert_close(loaded.encode(images), model.encode(images), atol=1e-5)

@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 
 from golden_cases import assert_close
 from tessera.backbones import ConvPixels, ViTDecoder, ViTEncoder
-from tessera.backbones.vit import timm_vit
+from tessera.backbones.vit_network import vision_transformer
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
 
 SMALL = "vit_small_patch14_dinov2"
 REGISTERS = "vit_small_patch14_reg4_dinov2"
 TINY = {
-    "name": SMALL,
+    "model": SMALL,
     "resolution": 16,
     "patch_size": 4,
     "pretrained": False,
@@ -48,8 +48,8 @@ def spread(module):
 @pytest.mark.parametrize("name", [SMALL, REGISTERS])
 @pytest.mark.parametrize("grid", [3, 4, (2, 5)])
 def test_sizes_and_gradients(name, groups, position, grid):
-    reader = encoder(name=name, groups=groups, position=position, grid=grid)
-    writer = decoder(name=name, position=position, grid=grid)
+    reader = encoder(model=name, groups=groups, position=position, grid=grid)
+    writer = decoder(model=name, position=position, grid=grid)
     sides = (grid, grid) if isinstance(grid, int) else grid
     assert reader.latent_grid(16) == sides and reader.groups == groups and reader.out_channels == 24
     z = reader(torch.rand(2, 3, 16, 16))
@@ -74,7 +74,7 @@ def test_sizes_and_gradients(name, groups, position, grid):
 def test_dinov2_of_every_size(name, width, depth, heads):
     """Also: pretrained weights are not fetched on the meta device."""
     with torch.device("meta"):
-        reader = ViTEncoder(name=name, resolution=224, patch_size=16, pretrained=True)
+        reader = ViTEncoder(model=name, resolution=224, patch_size=16, pretrained=True)
     assert (reader.width, len(reader.network.blocks)) == (width, depth)
     assert reader.network.blocks[0].attn.num_heads == heads
     # the giant's MLP is a gated one of 4096 hidden channels, the others' hold four times the width
@@ -103,7 +103,7 @@ def sequence_by_hand(reader, images):
 @pytest.mark.parametrize("grid", [3, 4, 6])
 def test_absolute_positions(name, grid):
     """The patches' positions are timm's; the latents' are its table, resampled by timm's rule, and their level's."""
-    reader = spread(encoder(name=name, grid=grid, groups=2))
+    reader = spread(encoder(model=name, grid=grid, groups=2))
     images = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         ours, expected = reader._sequence(images), sequence_by_hand(reader, images)
@@ -124,7 +124,7 @@ def test_branches_differ_by_level_and_tokens_only():
 
 @pytest.mark.parametrize("name", [SMALL, REGISTERS])
 def test_decoder_gives_the_latents_a_prefix_of_their_own(name):
-    writer = spread(decoder(name=name))
+    writer = spread(decoder(model=name))
     z = torch.randn(2, 24, 3, 3)
     prefix = writer.num_prefix
     assert prefix == (1 if name == SMALL else 5)
@@ -134,13 +134,13 @@ def test_decoder_gives_the_latents_a_prefix_of_their_own(name):
         levels = writer.level_embed
         assert_close(sequence[:, :prefix] - levels[0], sequence[:, prefix + 16 : -9] - levels[1], atol=1e-6)
         assert_close(sequence[0, 0] - levels[0], writer.prefix()[0, 0], atol=1e-6)
-        learned = decoder(name=name, position="learned").eval()
+        learned = decoder(model=name, position="learned").eval()
         assert learned._sequence(z).shape[1] == prefix + 16 + 9
 
 
 def test_patches_of_another_prefix_length_are_not_confused():
     """The pixels come from the patches' tokens: with zero attention and MLP each depends on its own position only."""
-    writer = spread(decoder(name=REGISTERS))
+    writer = spread(decoder(model=REGISTERS))
     with torch.no_grad():
         for block in writer.network.blocks:
             block.ls1.gamma.zero_()
@@ -212,12 +212,20 @@ def test_settings_that_no_weight_shows_enter_the_text():
     assert encoder(position="learned").extra_repr() != encoder().extra_repr()
 
 
+def test_initial_positions():
+    for position in ("absolute", "learned"):
+        for build in (encoder, decoder):
+            module = build(position=position, grid=12, position_std=0.5)
+            table = module.network.pos_embed if position == "absolute" else module.latent_pos_embed
+            assert 0.35 < table.std() < 0.5 and table.abs().max() <= 1.0  # normal, cut at two deviations
+
+
 @pytest.fixture
 def weights_file(tmp_path):
     """Weights as they would be published: 14 x 14 pixels per patch, a grid of 5 x 5."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3}
-    source = timm_vit(SMALL, False, "test", img_size=70, patch_size=14, **sizes)
+    source = vision_transformer(SMALL, False, None, "test", img_size=70, patch_size=14, **sizes)
     path = tmp_path / "weights.safetensors"
     save_file(source.state_dict(), path)
     return path, source
@@ -225,7 +233,7 @@ def weights_file(tmp_path):
 
 def test_pretrained_weights_from_a_file_are_resampled(weights_file):
     path, source = weights_file
-    reader = encoder(pretrained=str(path))
+    reader = encoder(pretrained=True, weights=str(path))
     state, expected = reader.network.state_dict(), source.state_dict()
     for key in expected.keys() - {"pos_embed", "patch_embed.proj.weight"}:
         assert torch.equal(state[key], expected[key]), key
@@ -243,16 +251,16 @@ def test_pretrained_weights_from_a_file_are_resampled(weights_file):
     plane = expected["pos_embed"][:, 1:].mT.unflatten(2, (5, 5))
     plane = torch.nn.functional.interpolate(plane, size=(4, 4), mode="bicubic", antialias=True)
     assert_close(state["pos_embed"][:, 1:], plane.flatten(2).mT)
-    writer = decoder(pretrained=str(path))
+    writer = decoder(pretrained=True, weights=str(path))
     assert torch.equal(writer.network.norm.weight, expected["norm.weight"])
 
 
 def test_pretrained_weights_that_are_missing_or_do_not_fit(weights_file, tmp_path, monkeypatch):
     path, _ = weights_file
-    with pytest.raises(MissingFileError, match=r"backbone\.encoder\.pretrained=.*absent"):
-        encoder(pretrained=str(tmp_path / "absent.pth"))
-    with pytest.raises(CheckpointError, match=r"backbone\.decoder\.pretrained=.*width"):
-        decoder(pretrained=str(path), width=48)
+    with pytest.raises(MissingFileError, match=r"backbone\.encoder\.weights=.*absent"):
+        encoder(pretrained=True, weights=str(tmp_path / "absent.pth"))
+    with pytest.raises(CheckpointError, match=r"backbone\.decoder\.weights=.*does not fit"):
+        decoder(pretrained=True, weights=str(path), width=48)
     import timm
 
     def offline(*args, pretrained=False, **kwargs):
@@ -260,18 +268,20 @@ def test_pretrained_weights_that_are_missing_or_do_not_fit(weights_file, tmp_pat
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(MissingFileError, match=r"backbone\.encoder\.pretrained=True.*no route to host.*local file"):
+    with pytest.raises(
+        MissingFileError, match=r"backbone\.encoder\.model=.*no route to host.*backbone\.encoder\.weights"
+    ):
         encoder(pretrained=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "vit_huge_dinov9"}, r"encoder\.name='vit_huge_dinov9' is no vision transformer of timm"),
-        ({"name": "resnet18", "width": None, "depth": None, "num_heads": None}, r"encoder\.name='resnet18'"),
+        ({"model": "vit_huge_dinov9"}, r"encoder\.model='vit_huge_dinov9' is no vision transformer of timm"),
+        ({"model": "resnet18", "width": None, "depth": None, "num_heads": None}, r"encoder\.model='resnet18'"),
         (
-            {"name": "vit_base_patch16_rpn_224", "width": None, "depth": None, "num_heads": None},
-            r"encoder\.name='vit_base_patch16_rpn_224'",
+            {"model": "vit_base_patch16_rpn_224", "width": None, "depth": None, "num_heads": None},
+            r"encoder\.model='vit_base_patch16_rpn_224'",
         ),
         ({"grid": 0}, r"encoder\.grid=0"),
         ({"grid": (2, 3, 4)}, r"encoder\.grid"),
@@ -281,6 +291,7 @@ def test_pretrained_weights_that_are_missing_or_do_not_fit(weights_file, tmp_pat
         ({"patch_size": 5}, r"encoder\.resolution=16 is not divisible by backbone\.encoder\.patch_size=5"),
         ({"num_heads": 5}, r"encoder\.num_heads=5 does not divide"),
         ({"depth": 0}, r"encoder\.depth=0"),
+        ({"position_std": 0.0}, r"encoder\.position_std=0.0"),
         ({"layer_scale": -1.0}, r"encoder\.layer_scale=-1.0"),
     ],
 )

@@ -22,7 +22,7 @@ DISCRIMINATORS = {
     "dino_sbn": lambda: dino("sbn"),
     "dino_gn": lambda: dino("gn"),
 }
-CLIP = {"name": "vit_base_patch16_clip_quickgelu_224.openai", "normalisation": "clip", "features": "patch"}
+CLIP = {"model": "vit_base_patch16_clip_quickgelu_224.openai", "normalisation": "clip", "features": "patch"}
 ALIGNMENTS = {
     "none": lambda: None,
     "dinov2": lambda: {"semantic": Alignment(teacher())},

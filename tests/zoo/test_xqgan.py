@@ -24,7 +24,8 @@ CASES = SINGLE_GRID + MULTI_SCALE
 
 def public_config(file) -> dict[str, Any]:
     config = file.config
-    return {**config["model"], **(config.get("tiny_cnn") or {}), **(config.get("tiny_backbone") or {})}
+    tiny = {**(config.get("tiny_cnn") or {}), **(config.get("tiny_backbone") or {})}
+    return {**config["model"], **tiny, "lora": config.get("lora", {})}
 
 
 def branch_and_scale(name: str) -> tuple[int, int]:
@@ -152,22 +153,28 @@ def test_published_adapters(case, tmp_path):
     file = golden(case)
     tokenizer = from_public("xqgan", public_config(file), file.weights)
     image, lora = file.input["image"], file.config["lora"]
+    branches = tokenizer.quantizer.num_branches
     layers = dict(adapters(tokenizer))
     depth = file.config["tiny_backbone"]["depth"]
     assert len(layers) == 2 * 2 * depth  # fc1 and fc2 of each block, encoder and decoder
     assert all((layer.rank, layer.alpha) == (lora["r"], lora["lora_alpha"]) for layer in layers.values())
+
+    def features(model):
+        return rows_of_branches(model.encoder(image), branches, True).squeeze(3).mT
+
     for model in (tokenizer, merge(tokenizer), from_pretrained(export(tokenizer, tmp_path))):
         with torch.no_grad():
-            assert_close(rows_of_branches(model.encoder(image), 1, True).squeeze(3).mT, file.output["encoder_out"])
-            assert_close(model.encode(image), file.output["encode"])
+            assert_close(features(model), file.output["encoder_out"])
+            z = rows_of_branches(model.encode(image), branches, rows=branches > 1)
+            assert_close(z, file.output["encode"])
             assert_close(model.reconstruct(image), file.output["recon"])
     trained = {name for name, p in tokenizer.encoder.network.named_parameters() if p.requires_grad}
-    assert {name for name in trained if "lora_" not in name} == {"norm.weight", "norm.bias"}
+    saved = {f"{name}.{kind}" for name in lora["modules_to_save"] for kind in ("weight", "bias")}
+    assert {name for name in trained if "lora_" not in name} == saved
     without = {k: v * 0 if "lora_B" in k else v for k, v in file.weights.items()}
     tokenizer = from_public("xqgan", public_config(file), without)
     with torch.no_grad():
-        features = rows_of_branches(tokenizer.encoder(image), 1, True).squeeze(3).mT
-    assert_close(features, file.output["encoder_out_loraB_zero"])
+        assert_close(features(tokenizer), file.output["encoder_out_loraB_zero"])
 
 
 @pytest.mark.golden
@@ -178,7 +185,9 @@ def test_parity_of_adapters_fails_when_a_weight_changes(case):
         weights = spoiled(file, key)
         tokenizer = from_public("xqgan", public_config(file), weights)
         with torch.no_grad():
-            z, recon = tokenizer.encode(file.input["image"]), tokenizer.reconstruct(file.input["image"])
+            branches = tokenizer.quantizer.num_branches
+            z = rows_of_branches(tokenizer.encode(file.input["image"]), branches, rows=branches > 1)
+            recon = tokenizer.reconstruct(file.input["image"])
         same = torch.allclose(z, file.output["encode"], atol=1e-5)
         assert not (same and torch.allclose(recon, file.output["recon"], atol=1e-5)), key
 

@@ -25,7 +25,8 @@ class LoRA:
     Args:
         rank: rows of A.
         alpha: strength.
-        train: names of sub-modules of the network that train in full besides the adapters.
+        train: names of sub-modules of the network that train in full besides the adapters; None: those that the
+            backbone's `lora_trained` names (a ViT's final norm).
 
     Raises:
         ConfigError: a value out of range.
@@ -36,7 +37,7 @@ class LoRA:
 
     rank: int = 8
     alpha: float = 8.0
-    train: Sequence[str] = ("norm",)
+    train: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -83,7 +84,7 @@ def tune(backbone: nn.Module, mode: str | LoRA, key: str) -> None:
 
     Args:
         backbone: encoder or decoder. Adapters need `lora_targets`, a pattern of the names of its network's linear
-            layers.
+            layers; `lora_trained` names further parts that train.
         mode: full, lora, frozen, or a `LoRA`.
         key: of the configuration, for messages.
 
@@ -102,8 +103,8 @@ def tune(backbone: nn.Module, mode: str | LoRA, key: str) -> None:
     pattern = getattr(backbone, "lora_targets", None)
     if pattern is None:
         raise ConfigError(
-            f"{key}=lora needs a transformer, but a {type(backbone).__name__} has no layers for adapters; choose "
-            f"{key}=full or {key}=frozen, or backbone=vit"
+            f"{key}=lora needs a transformer that names layers for adapters, which {type(backbone).__name__} does not; "
+            f"choose {key}=full or {key}=frozen, or backbone=vit"
         )
     network.requires_grad_(False)
     targets = [
@@ -115,7 +116,7 @@ def tune(backbone: nn.Module, mode: str | LoRA, key: str) -> None:
         raise ConfigError(f"{key}=lora: no linear layer of this {type(backbone).__name__} is named like {pattern}")
     for name in targets:
         _replace(network, name, LoRALinear(network.get_submodule(name), lora.rank, lora.alpha))
-    for name in lora.train:
+    for name in getattr(backbone, "lora_trained", ()) if lora.train is None else lora.train:
         try:
             network.get_submodule(name).requires_grad_(True)
         except AttributeError:

@@ -51,23 +51,18 @@ def _refuse_foreign_targets(node: Any, source: str) -> None:
             _refuse_foreign_targets(value, source)
 
 
-def plain_architecture(config: Any) -> Any:
-    """A `_target_` tree for weights that are given: nothing pretrained to fetch first, and no adapters.
-
-    Adapters belong to a training; `export` folds them into the weights.
-    """
-    return _with_values(config, {"pretrained": False, "encoder_tuning": "full", "decoder_tuning": "full"})
-
-
-def given_weights(config: Any) -> Any:
-    """A `_target_` tree for weights that are given: nothing pretrained to fetch first."""
-    return _with_values(config, {"pretrained": False})
-
-
-def _with_values(node: Any, values: Mapping[str, Any]) -> Any:
+def given_weights(node: Any) -> Any:
+    """A `_target_` tree for weights that are given: with nothing pretrained to fetch first."""
     if isinstance(node, Mapping):
-        return {key: values[key] if key in values else _with_values(item, values) for key, item in node.items()}
-    return [_with_values(item, values) for item in node] if isinstance(node, list | tuple) else node
+        changed = {"pretrained": False, "weights": None} if "pretrained" in node else {}
+        return {key: changed[key] if key in changed else given_weights(item) for key, item in node.items()}
+    return [given_weights(item) for item in node] if isinstance(node, list | tuple) else node
+
+
+def plain_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As `given_weights`, and without adapters: these belong to a training; `export` folds them into the weights."""
+    tunings = {"encoder_tuning": "full", "decoder_tuning": "full"}
+    return given_weights({key: tunings.get(key, item) for key, item in config.items()})
 
 
 def build(config: Mapping[str, Any], source: str) -> nn.Module:

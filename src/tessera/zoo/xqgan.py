@@ -70,7 +70,7 @@ def _vit(config: Mapping[str, Any], target: str, name: str, resolution: int) -> 
     return {
         "_target_": f"tessera.backbones.{target}",
         "grid": _grid(config),
-        "name": config.get(name, "vit_small_patch14_dinov2.lvd142m"),
+        "model": config.get(name, "vit_small_patch14_dinov2.lvd142m"),
         "resolution": resolution,
         "patch_size": config.get("patch_size", 16),
         "position": "absolute" if config.get("abs_pos_embed", False) else "learned",
