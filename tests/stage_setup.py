@@ -59,7 +59,7 @@ def teacher(**changes) -> Teacher:
     """A tiny random DINOv2 of the encoder's width."""
     torch.manual_seed(4)
     sizes = {"embed_dim": 8, "depth": 1, "num_heads": 2}
-    settings = {"name": "vit_small_patch14_dinov2.lvd142m", "resolution": 16, "patch_size": 4, "pretrained": False}
+    settings = {"model": "vit_small_patch14_dinov2.lvd142m", "resolution": 16, "patch_size": 4, "pretrained": False}
     return Teacher(**{**settings, "network": sizes, **changes})
 
 

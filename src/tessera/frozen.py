@@ -1,4 +1,4 @@
-"""Networks made elsewhere: vision transformers of timm, weights from disk, and frozen judges and teachers."""
+"""Frozen networks that judge or teach: kept apart from what is trained, and read from disk or the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -84,19 +84,17 @@ def read_weights(path: str | Path, key: str, advice: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{key}={path} can't be read ({error})") from error
 
 
-def load_network(network: nn.Module, state: dict[str, Tensor], source: str, ignored: tuple[str, ...] = ()) -> None:
+def load_network(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load weights into a frozen network, all of them.
 
     Args:
         network: what is loaded.
         state: its weights.
         source: "key=path" for the message.
-        ignored: prefixes of keys of the file that the network has no use for.
 
     Raises:
         CheckpointError: names what is missing, unexpected or of another shape.
     """
-    state = {name: value for name, value in state.items() if not name.startswith(ignored)} if ignored else state
     own = network.state_dict()
     problems = [f"missing {name}" for name in own if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in own]
@@ -110,53 +108,42 @@ def load_network(network: nn.Module, state: dict[str, Tensor], source: str, igno
     network.load_state_dict(state)
 
 
-def timm_vit(name: str, pretrained: bool | str, key: str, **options: Any) -> nn.Module:
-    """A vision transformer of timm without head; its weights are resampled to the patch size and resolution.
+def timm_vit(model: str, pretrained: bool, weights: str | Path | None, key: str, **options: Any) -> nn.Module:
+    """A timm vision transformer without classifier.
 
     Args:
-        name: timm's name, with the tag of the weights.
-        pretrained: True: download timm's weights; a path: read a file of them; False: initialise at random. On the
-            meta device nothing is read.
-        key: of the configuration, for messages.
-        **options: of timm's constructor.
+        model: timm's name.
+        pretrained: take the published weights: from `weights`, or else from the hub. False: random weights, for tests
+            and trials. On the meta device nothing is read.
+        weights: a local file of them (.safetensors or .pth), resampled to another image or patch size as timm does.
+        key: config node that an error names.
+        **options: of timm's constructor, e.g. img_size, patch_size, embed_dim, depth, num_heads, act_layer.
 
     Raises:
-        ConfigError: unknown name, or no vision transformer with class token and learned positions.
-        MissingFileError: the weights are neither here nor to be had.
-        CheckpointError: the weights don't fit the model.
+        ConfigError: a name that timm doesn't know, or options that it refuses.
+        MissingFileError: pretrained weights that are neither on disk nor to be had.
+        CheckpointError: weights of another architecture.
     """
     import timm
-    from timm.models import is_model_in_modules
 
-    architecture = name.split(".")[0]
-    if not is_model_in_modules(architecture, {"vision_transformer"}):
-        near = ", ".join(timm.list_models("vit_*_dinov2"))
-        raise ConfigError(f"{key}.name={name!r} is no vision transformer of timm; choose e.g. one of {near}")
-    if isinstance(pretrained, str):
-        if not Path(pretrained).is_file():
-            raise MissingFileError(
-                f"{key}.pretrained={pretrained} does not exist; give the file of {name}'s weights, true to download "
-                "them, or false to start from random weights"
-            )
-        options["pretrained_cfg_overlay"] = {"file": pretrained}
-    if not pretrained:
-        options["weight_init"] = "jax"  # Xavier: timm's own standard deviation of 0.02 suits large widths only
-    load = bool(pretrained) and torch.get_default_device().type != "meta"
+    pretrained = pretrained and torch.get_default_device().type != "meta"
+    if not timm.is_model(model):
+        raise ConfigError(f"{key}.model={model!r} is no model of timm; see timm.list_models('vit*')")
+    settings = {"num_classes": 0, **options}
+    if pretrained and weights is not None and not Path(weights).is_file():
+        raise MissingFileError(
+            f"{key}.weights={weights} does not exist; download timm's {model} there, set "
+            f"{key}.weights=null to take it from the hub, or {key}.pretrained=false"
+        )
+    overlay = {"file": str(weights)} if weights is not None and pretrained else None
     try:
-        model = timm.create_model(name, pretrained=load, num_classes=0, **options)
+        return timm.create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **settings)
     except (OSError, ConnectionError) as error:
         raise MissingFileError(
-            f"{key}.pretrained={pretrained}: the weights of {name} can't be had ({type(error).__name__}: {error}); "
-            "give the path of a local file, or false to start from random weights"
+            f"{key}.model={model}: its weights can't be downloaded ({error}); give a file by {key}.weights=..., or set "
+            f"{key}.pretrained=false for random ones"
         ) from error
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"{key}: timm can't build {model} with {settings} ({error})") from error
     except RuntimeError as error:
-        if not load:
-            raise
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{key}.pretrained={pretrained}: the weights don't fit {name} with {key}.width, depth and num_heads as "
-            f"configured ({text[:300]}); leave these at null, or set {key}.pretrained=false"
-        ) from error
-    if model.cls_token is None or model.pos_embed is None:
-        raise ConfigError(f"{key}.name={name!r} has no class token or no learned positions; choose a DINOv2")
-    return model
+        raise CheckpointError(f"{key}.weights={weights} does not fit {model} ({error})") from error

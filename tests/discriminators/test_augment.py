@@ -74,6 +74,16 @@ def test_the_kernel_follows_the_strength():
     assert blur(torch.randn(1, 3, 4, 4), 1.0).shape == (1, 3, 4, 4)
 
 
+def test_half_precision_stays_out():
+    """Rounded to bfloat16, the draws would point out of the image."""
+    images = torch.randn(64, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = DiffAug()(images.bfloat16(), 0.5, IndexedRng(0, torch.arange(64)))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, DiffAug()(images.bfloat16().float(), 0.5, IndexedRng(0, torch.arange(64))))
+    assert DiffAug()(images.double()).dtype == torch.float64
+
+
 def test_fade():
     assert [blur_fade(step, 0) for step in (-3, 0, 1, 9)] == [1.0, 1.0, 0.0, 0.0]
     assert blur_fade(5, 9) == pytest.approx(0.5) and blur_fade(10, 9) == 0.0

@@ -93,7 +93,7 @@ def test_parity_sees_every_part(case):
 def test_the_published_size():
     """7.386 M trainable parameters on a backbone of ViT-S/16; 980 logits per image."""
     with torch.device("meta"):
-        model = DINODiscriminator(pretrained=False)
+        model = DINODiscriminator()  # no weights are fetched for it there
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == 7.386
     assert len(model.heads) * model.backbone.module.patch_embed.num_patches == 980
 
@@ -190,7 +190,8 @@ def test_sbn_covers_all_processes():
         ({"readouts": (0, 3)}, r"discriminator\.readouts=\[0, 3\].*at most 2"),
         ({"readouts": (2, 0)}, r"discriminator\.readouts=\[2, 0\]"),
         ({"crop_probability": 1.5}, r"discriminator\.crop_probability=1\.5"),
-        ({"name": "vit_of_nobody"}, r"discriminator\.name='vit_of_nobody' is no vision transformer of timm"),
+        ({"model": "vit_of_nobody"}, r"discriminator\.model='vit_of_nobody' is no model of timm"),
+        ({"backbone": {**TINY, "width": 3}}, r"discriminator: timm can't build vit_small.*width"),
         ({"norm": "gn", "backbone": {**TINY, "embed_dim": 36}}, r"discriminator\.norm=gn needs channels"),
     ],
 )
@@ -203,11 +204,11 @@ def test_weights_from_disk(tmp_path):
     model = tiny()
     torch.save(model.backbone.module.state_dict(), tmp_path / "dino.pth")
     torch.manual_seed(7)
-    again = DINODiscriminator(pretrained=str(tmp_path / "dino.pth"), readouts=(0, 2), backbone={**TINY, "img_size": 64})
+    again = DINODiscriminator(weights=tmp_path / "dino.pth", readouts=(0, 2), backbone={**TINY, "img_size": 64})
     torch.testing.assert_close(
         again.backbone.module.blocks[1].attn.qkv.weight, model.backbone.module.blocks[1].attn.qkv.weight
     )
     assert again.backbone.module.pos_embed.shape[1] == 65, "positions are resampled"
-    with pytest.raises(MissingFileError, match=r"discriminator\.pretrained=.*nothing\.pth does not exist"):
-        tiny(pretrained=str(tmp_path / "nothing.pth"))
+    with pytest.raises(MissingFileError, match=r"discriminator\.weights=.*discriminator\.pretrained=false"):
+        tiny(pretrained=True, weights=tmp_path / "nothing.pth")
     assert again(torch.zeros(1, 3, 8, 8)).isfinite().all()

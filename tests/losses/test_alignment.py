@@ -106,7 +106,7 @@ def tokenizer(branches=2, width=8):
 
 def teacher(**changes):
     torch.manual_seed(1)
-    settings = {"name": "vit_small_patch14_dinov2.lvd142m", "resolution": 16, "patch_size": 4, "pretrained": False}
+    settings = {"model": "vit_small_patch14_dinov2.lvd142m", "resolution": 16, "patch_size": 4, "pretrained": False}
     return Teacher(**{**settings, "network": TINY, **changes})
 
 
@@ -121,14 +121,14 @@ def test_teacher_features():
     torch.testing.assert_close(model(images), tokens[:, 0])
     model.features = "patch"
     torch.testing.assert_close(model(images), tokens[:, 1:].mean(1))
-    registers = teacher(name="vit_small_patch14_reg4_dinov2.lvd142m", features="patch").eval()
+    registers = teacher(model="vit_small_patch14_reg4_dinov2.lvd142m", features="patch").eval()
     tokens = registers.network.forward_features(by_hand)
     assert tokens.shape == (2, 21, 8)
     torch.testing.assert_close(registers(images), tokens[:, 5:].mean(1))
 
 
 def test_clip_has_its_own_statistics_and_activation():
-    clip = teacher(name="vit_base_patch16_clip_quickgelu_224.openai", normalisation="clip")
+    clip = teacher(model="vit_base_patch16_clip_quickgelu_224.openai", normalisation="clip")
     white = clip.standardise(torch.ones(1, 3, 1, 1)).flatten()
     torch.testing.assert_close(
         white,
@@ -193,7 +193,7 @@ def test_the_teacher_stays_frozen():
         (lambda: teacher(normalisation="dino"), r"teacher\.normalisation='dino' is unknown; choose one of imagenet"),
         (lambda: teacher(patch_size=5), r"teacher\.patch_size=5 does not divide data\.dataset\.resolution=16"),
         (lambda: teacher(patch_size=None), r"patches of 14 pixels.*set alignment\.\*\.teacher\.patch_size"),
-        (lambda: teacher(name="dino_of_nobody"), r"teacher\.name='dino_of_nobody'"),
+        (lambda: teacher(model="dino_of_nobody"), r"teacher\.model='dino_of_nobody'"),
         (lambda: Alignment(teacher(), projection="linear"), r"projection='linear'"),
         (lambda: Alignment(teacher(), source="noisy"), r"source='noisy'"),
         (lambda: Alignment(teacher(), scale=0.0), r"alignment\.\*\.scale=0\.0 must be positive"),
@@ -213,13 +213,13 @@ def test_impossible_settings(build, match):
 
 
 def test_weights_from_disk(tmp_path):
-    with pytest.raises(MissingFileError, match=r"alignment\.\*\.teacher\.pretrained=.*nothing\.pth does not exist"):
-        teacher(pretrained=str(tmp_path / "nothing.pth"))
+    with pytest.raises(MissingFileError, match=r"alignment\.\*\.teacher\.weights=.*teacher\.pretrained=false"):
+        teacher(pretrained=True, weights=tmp_path / "nothing.pth")
     saved = teacher()
     torch.save(saved.network.state_dict(), tmp_path / "teacher.pth")
     torch.manual_seed(5)
     loaded = Teacher(
-        "vit_small_patch14_dinov2.lvd142m", 16, patch_size=4, pretrained=str(tmp_path / "teacher.pth"), network=TINY
+        "vit_small_patch14_dinov2.lvd142m", 16, patch_size=4, weights=tmp_path / "teacher.pth", network=TINY
     )
     images = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(loaded(images), saved(images))

@@ -24,20 +24,33 @@ def test_lecam(case):
     assert set(lecam.state_dict()) == {"mean_real", "mean_fake"}
 
 
-def _lecam_on_rank(rank, world):
-    logits = torch.arange(8.0).view(2, 4)
-    lecam = LeCam()
-    value = lecam(logits[rank : rank + 1], -logits[rank : rank + 1])
-    return value.item(), lecam.mean_real.item()
+def _lecam_on_rank(rank, world, settings):
+    logits = torch.arange(8.0).view(2, 4)[rank : rank + 1].requires_grad_()
+    lecam = LeCam(**settings)
+    value = lecam(logits, -logits)
+    value.backward()
+    return value.item(), lecam.mean_real.item(), logits.grad.tolist()
 
 
-def test_lecam_over_two_processes_is_that_of_the_joint_batch():
-    logits = torch.arange(8.0).view(2, 4)
-    lecam = LeCam()
-    expected = lecam(logits, -logits).item()
-    (a, mean_a), (b, mean_b) = run_forked(_lecam_on_rank)
+@pytest.mark.parametrize("settings", [{}, {"of_means": True, "update_first": False}])
+def test_lecam_over_two_processes_is_that_of_the_joint_batch(settings):
+    logits = torch.arange(8.0).view(2, 4).requires_grad_()
+    lecam = LeCam(**settings)
+    expected = lecam(logits, -logits)
+    expected.backward()
+    (a, mean_a, grad_a), (b, mean_b, grad_b) = run_forked(_lecam_on_rank, settings)
     assert mean_a == mean_b == pytest.approx(lecam.mean_real.item())
-    assert (a + b) / 2 == pytest.approx(expected)
+    assert (a + b) / 2 == pytest.approx(expected.item())
+    # the mean over processes that DistributedDataParallel takes
+    torch.testing.assert_close(torch.tensor(grad_a + grad_b) / 2, logits.grad)
+
+
+def test_lecam_of_means_before_their_update():
+    """relu(mean real - m_fake)^2 + relu(m_real - mean fake)^2, by hand."""
+    lecam = LeCam(decay=0.5, of_means=True, update_first=False)
+    real, fake = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -3.0])
+    assert lecam(real, fake).item() == 4 + 4 and lecam.mean_real == 1 and lecam.mean_fake == -1
+    assert lecam(real, fake).item() == 9 + 9 and lecam.mean_real == 1.5
 
 
 @pytest.mark.golden

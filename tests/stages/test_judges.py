@@ -22,7 +22,7 @@ DISCRIMINATORS = {
     "dino_sbn": lambda: dino("sbn"),
     "dino_gn": lambda: dino("gn"),
 }
-CLIP = {"name": "vit_base_patch16_clip_quickgelu_224.openai", "normalisation": "clip", "features": "patch"}
+CLIP = {"model": "vit_base_patch16_clip_quickgelu_224.openai", "normalisation": "clip", "features": "patch"}
 ALIGNMENTS = {
     "none": lambda: None,
     "dinov2": lambda: {"semantic": Alignment(teacher())},
@@ -218,3 +218,51 @@ def test_the_guided_stage_counts_weights_of_its_own():
     stage = guided_stage(loss_weights={"detail": 0.7})
     assert stage.weights["semantic"] == 0.1 and stage.weights["detail"] == 0.7
     assert "detail" not in type(stage).default_weights
+
+
+def test_every_network_runs_backward_once_for_each_time_forward(tmp_path):
+    """The adaptive weight costs no second backward pass through encoder, perceptual network or discriminator."""
+
+    class Distance(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 2, 3)
+
+        def forward(self, x, y):
+            return (self.layer(x) - self.layer(y)).square().mean((1, 2, 3))
+
+    stage = guided_stage(discriminator_start=0.0, perceptual=Distance())
+    networks = {
+        "encoder": stage.tokenizer.encoder,
+        "decoder": stage.tokenizer.decoder.mid if hasattr(stage.tokenizer.decoder, "mid") else stage.tokenizer.decoder,
+        "perceptual": stage._perceptual.module.layer,
+        "judge": stage.discriminator.heads[0],
+    }
+    counts = dict.fromkeys(networks, 0)
+
+    def count(name):
+        def hook(*_):
+            counts[name] += 1
+
+        return hook
+
+    for name, network in networks.items():
+        network.register_full_backward_hook(count(name))
+    trainer(tmp_path, 2).fit(stage, data("images", None, batch_size=8))
+    # per step: the judge sees a generated image for the generator, then generated and real ones for itself
+    assert counts == {"encoder": 2, "decoder": 2, "perceptual": 2, "judge": 6}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_guided_training_in_half_precision(tmp_path, precision):
+    stage, seen = guided_stage(discriminator_start=0.0), []
+    stage.on_train_batch_end = lambda *_: seen.append(dict(stage.trainer.callback_metrics))
+    trainer(tmp_path, 3, precision=precision).fit(stage, data("images", None, batch_size=8))
+    exact = guided_stage(discriminator_start=0.0)
+    first = []
+    exact.on_train_batch_end = lambda *_: first.append(dict(exact.trainer.callback_metrics))
+    trainer(tmp_path, 3).fit(exact, data("images", None, batch_size=8))
+    for name in ("reconstruction", "semantic", "detail", "discriminator"):
+        key = f"train/loss/{name}"
+        assert float(seen[0][key]) == pytest.approx(float(first[0][key]), rel=0.1), name
+        assert math.isfinite(float(seen[-1][key]))

@@ -124,23 +124,24 @@ class DiffAug:
         return 0.0 if self.blur_fade is None else blur_fade(steps, round(self.blur_fade * total_steps))
 
     def __call__(self, images: Tensor, strength: float = 0.0, rng: SampleRng | torch.Generator | None = None) -> Tensor:
-        """Augmented images (B, C, H, W), differentiable.
+        """Augmented images (B, C, H, W), differentiable; float32 (or float64) whatever the autocast state.
 
         Args:
-            images: (B, C, H, W) in [-1, 1].
+            images: (B, C, H, W) float in [-1, 1].
             strength: of the blur, in [0, 1].
             rng: draws: "augment/acts" (3, shared) and "augment/how" (7 per image).
         """
         rng = as_sample_rng(rng, len(images), images.device)
-        images = blur(images, strength)
-        moves, recolours, cuts = (rng.shared("augment/acts", 3) < self.probability).tolist()
-        if not (moves or recolours or cuts):
-            return images
-        u = rng.uniform("augment/how", 7).to(images.dtype).unbind(1)
-        if moves:
-            images = translate(images, u[0], u[1])
-        if recolours:
-            images = recolour(images, u[2], u[3], u[4])
-        if cuts and self.cutout:
-            images = cut_out(images, u[5], u[6], self.cutout)
+        with torch.autocast(images.device.type, enabled=False):
+            images = blur(images if images.dtype == torch.float64 else images.float(), strength)
+            moves, recolours, cuts = (rng.shared("augment/acts", 3) < self.probability).tolist()
+            if not (moves or recolours or cuts):
+                return images
+            u = rng.uniform("augment/how", 7).unbind(1)
+            if moves:
+                images = translate(images, u[0], u[1])
+            if recolours:
+                images = recolour(images, u[2], u[3], u[4])
+            if cuts and self.cutout:
+                images = cut_out(images, u[5], u[6], self.cutout)
         return images

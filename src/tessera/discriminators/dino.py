@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,15 +123,16 @@ class DINODiscriminator(nn.Module):
     to its size: smaller ones up (bicubic), larger ones down (area), or cropped in half of the calls.
 
     Args:
-        name: timm's name of the backbone.
-        pretrained: True: download its weights; a path: read a file of them; False: a random backbone, for tests.
+        model: timm's name of the backbone.
+        pretrained: take DINO's weights, from `weights` or else from the hub. False: a random backbone, for tests.
+        weights: local file of them.
         readouts: blocks whose output is read, besides the tokens before the first one.
         norm: "bn": groups of 8 samples of a process; "sbn": the batch of all processes; "gn": group norm.
         crop_probability: of cropping images larger than the backbone takes, instead of scaling them down.
         backbone: further options of timm's constructor, e.g. a smaller `img_size`, `depth`, `embed_dim`.
 
     Raises:
-        ConfigError: an unknown norm or name, or a readout beyond the backbone's depth.
+        ConfigError: an unknown norm or model, or a readout beyond the backbone's depth.
         MissingFileError: weights that can't be had.
 
     Source: Sauer et al. 2023 (arXiv:2301.09515) in the form of XQ-GAN's `discriminator_dino.py`; crops are drawn from
@@ -139,8 +141,9 @@ class DINODiscriminator(nn.Module):
 
     def __init__(
         self,
-        name: str = "vit_small_patch16_224.dino",
-        pretrained: bool | str = True,
+        model: str = "vit_small_patch16_224.dino",
+        pretrained: bool = True,
+        weights: str | Path | None = None,
         readouts: Sequence[int] = (2, 5, 8, 11),
         norm: str = "bn",
         crop_probability: float = 0.5,
@@ -152,7 +155,7 @@ class DINODiscriminator(nn.Module):
         if not 0 <= crop_probability <= 1:
             raise ConfigError(f"discriminator.crop_probability={crop_probability} is outside [0, 1]")
         options = {"act_layer": "gelu_tanh", **(backbone or {})}  # as the published discriminator runs it
-        network = timm_vit(name, pretrained, "discriminator", **options)
+        network = timm_vit(model, pretrained, weights, "discriminator", **options)
         depth = len(network.blocks)
         if not readouts or sorted(set(readouts)) != list(readouts) or not 0 <= readouts[0] <= readouts[-1] < depth:
             raise ConfigError(

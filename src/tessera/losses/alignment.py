@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,12 +75,13 @@ class Teacher(nn.Module):
     """Frozen vision transformer that gives one feature per image.
 
     Args:
-        name: timm's name, e.g. vit_base_patch14_dinov2.lvd142m or vit_base_patch16_clip_quickgelu_224.openai.
+        model: timm's name, e.g. vit_base_patch14_dinov2.lvd142m or vit_base_patch16_clip_quickgelu_224.openai.
         resolution: side of the images; the published weights' positions are resampled to it.
         normalisation: of the images, that of the model's training: "imagenet" (DINOv2) or "clip".
         features: "class" token, or "patch": the mean over patch tokens; both after the final norm.
         patch_size: in pixels; the weights' kernel is resampled to it. None: the model's own.
-        pretrained: True: download the weights; a path: read a file of them; False: random ones, for tests.
+        pretrained: take the published weights, from `weights` or else from the hub; False: random ones, for tests.
+        weights: local file of them.
         network: further options of timm's constructor.
 
     Attributes:
@@ -92,12 +94,13 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        model: str,
         resolution: int,
         normalisation: str = "imagenet",
         features: str = "class",
         patch_size: int | None = None,
-        pretrained: bool | str = True,
+        pretrained: bool = True,
+        weights: str | Path | None = None,
         network: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -110,11 +113,11 @@ class Teacher(nn.Module):
                 "choose a patch size that does (weights are resampled to it)"
             )
         options = {"img_size": resolution, **({} if patch_size is None else {"patch_size": patch_size})}
-        self.network = timm_vit(name, pretrained, "alignment.*.teacher", **options, **(network or {}))
+        self.network = timm_vit(model, pretrained, weights, "alignment.*.teacher", **options, **(network or {}))
         side = self.network.patch_embed.patch_size[0]
         if resolution % side:
             raise ConfigError(
-                f"alignment.*.teacher.name={name} has patches of {side} pixels, which do not fill images of "
+                f"alignment.*.teacher.model={model} has patches of {side} pixels, which do not fill images of "
                 f"data.dataset.resolution={resolution}; set alignment.*.teacher.patch_size to a divisor of it"
             )
         self.resolution, self.features, self.dim = resolution, features, self.network.embed_dim
