@@ -8,11 +8,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from tessera import cli
-from tessera.errors import ConfigError
+from tessera.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,3 +216,18 @@ def test_scripts_answer_without_torch(name, arguments):
 def test_a_script_is_thin():
     for name in ("train", "post_train", "eval"):
         assert len((ROOT / f"{name}.py").read_text().splitlines()) < 40
+
+
+class _Corrupt(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, number):
+        raise DataError("a.png can't be read; remove it")
+
+
+def test_an_error_in_a_worker_is_one_line_too():
+    with pytest.raises(DataError) as caught:
+        next(iter(torch.utils.data.DataLoader(_Corrupt(), num_workers=1)))
+    assert "Traceback" in str(caught.value)
+    assert cli.user_message(caught.value, Path(), "train") == "a.png can't be read; remove it"

@@ -132,7 +132,7 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
     """
     for cause in _causes(error):
         if isinstance(cause, TesseraError):
-            return _one_line(cause)
+            return _without_worker_traceback(cause)
         if isinstance(cause, MissingMandatoryValue):
             key = cause.full_key or _quoted(str(cause))
             return f"{key} is required; set {key}=..."
@@ -160,6 +160,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _without_worker_traceback(error: TesseraError) -> str:
+    """The message itself, where torch's data loader has put it at the end of a worker's traceback."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2]
+    return " ".join(text.split())
 
 
 def _first_line(error: BaseException) -> str:

@@ -162,8 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         if content["stopped_by"] is not None:
             raise SystemExit(f"{part} was stopped by {content['stopped_by']}; the same command continues it")
     print_table({(chain.kind, chain.seed): result for chain, result in zip(chains, results, strict=True)})
-    print(f"everything {time.perf_counter() - start:6.0f} s\npictures:")
-    for path in pictures(chains):
+    print(f"everything {time.perf_counter() - start:6.0f} s\npictures{' of seed 0' if args.seeds > 1 else ''}:")
+    for path in pictures([chain for chain in chains if chain.seed == 0]):
         print(f"  {os.path.relpath(path)}")
 
 
