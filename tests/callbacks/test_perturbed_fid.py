@@ -52,6 +52,7 @@ def test_equal_deltas_are_one_setting():
     """The published deltas of a codebook of 16 are all 2."""
     figure = run()
     assert set(figure.details["table"]) == {f"a={alpha},d=2" for alpha in ALPHAS}
+    assert figure.label == "pFID[tiny]@N=23,K=16,delta={2}"
     assert figure.value == pytest.approx(run(deltas=[2]).value)
 
 

@@ -95,7 +95,8 @@ class PerturbedFID(FigureCallback):
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         codebook_size = pl_module.tokenizer.quantizer.codebook_size
-        self.deltas = self.given_deltas or scaled_deltas(codebook_size)
+        # of small codebooks, several published deltas are the same
+        self.deltas = tuple(dict.fromkeys(self.given_deltas or scaled_deltas(codebook_size)))
         if max(self.deltas) > codebook_size:
             raise ConfigError(f"callbacks.pfid.deltas={list(self.deltas)} exceed the codebook size {codebook_size}")
         existing = range(len(pl_module.tokenizer.quantizer.grids))
@@ -112,7 +113,6 @@ class PerturbedFID(FigureCallback):
             setting: FrechetDistance(self.extractor.num_features, sides=("fake",)).to(pl_module.device)
             for setting in settings
         }
-        # of small codebooks, several deltas are the same
         self.changed = torch.zeros(len(self.fakes), 2, dtype=torch.float64)
 
     @torch.no_grad()
