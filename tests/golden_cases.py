@@ -41,3 +41,13 @@ def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-5, rtol: flo
     torch.testing.assert_close(
         torch.as_tensor(actual).to(expected.dtype), expected, atol=atol, rtol=rtol, check_device=False
     )
+
+
+def assert_outputs(actual: dict[str, Tensor], file: Golden, atol: float = 2e-5) -> None:
+    """All recorded outputs of a file, integers exactly; none missing, none too many."""
+    assert set(file.output) == set(actual), "every recorded output is compared"
+    for name, expected in file.output.items():
+        if expected.dtype == torch.int64:
+            assert torch.equal(actual[name], expected), name
+        else:
+            assert_close(actual[name], expected, atol=atol)

@@ -9,16 +9,6 @@ from torch import Tensor, nn
 from tessera.errors import ConfigError
 
 
-def halved_grid(resolution: int, downsample: int) -> tuple[int, int]:
-    """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
-    if resolution < 1 or resolution % downsample:
-        raise ConfigError(
-            f"data.dataset.resolution={resolution} is not divisible by {downsample}, the downsampling of the "
-            "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
-        )
-    return (resolution // downsample,) * 2
-
-
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """GroupNorm with the epsilon of the VQGAN line."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -163,7 +153,59 @@ def level_widths(
     return widths
 
 
-class CNNEncoder(nn.Module):
+class ConvolutionalEncoder(nn.Module):
+    """What encoders share that halve the resolution: one latent map, on a grid that follows from the images.
+
+    Attributes:
+        downsample: pixels per cell and side.
+        out_channels: of the latent.
+        groups: 1, a map for all branches.
+        norm_out: the last GroupNorm.
+    """
+
+    downsample: int
+    out_channels: int
+    groups = 1
+    norm_out: nn.GroupNorm
+
+    def extra_repr(self) -> str:
+        """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
+        return f"downsample={self.downsample}, norm_groups={self.norm_out.num_groups}"
+
+    def latent_grid(self, resolution: int) -> tuple[int, int]:
+        """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
+        if resolution < 1 or resolution % self.downsample:
+            raise ConfigError(
+                f"data.dataset.resolution={resolution} is not divisible by {self.downsample}, the downsampling of the "
+                "encoder (backbone.encoder.channel_multipliers: one halving per entry after the first)"
+            )
+        return (resolution // self.downsample,) * 2
+
+
+class ConvolutionalDecoder(nn.Module):
+    """What decoders share that double the resolution and end in a convolution.
+
+    Attributes:
+        upsample: pixels per cell and side.
+        in_channels: of the latent.
+        conv_out: the last convolution.
+    """
+
+    upsample: int
+    in_channels: int
+    conv_out: nn.Conv2d
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the output projection, where the adaptive adversarial weight is measured."""
+        return self.conv_out.weight
+
+    def resolution(self, grid: tuple[int, int]) -> int:
+        """Side in pixels of the images made from a latent grid (h, w)."""
+        return grid[0] * self.upsample
+
+
+class CNNEncoder(ConvolutionalEncoder):
     """Images (B, 3, H, W) -> latent (B, z_channels, H/f, W/f), f = 2^(levels - 1).
 
     Args:
@@ -203,7 +245,7 @@ class CNNEncoder(nn.Module):
         )
         last = len(widths) - 1
         attention = _attention_levels("encoder", attention_levels, len(widths))
-        self.out_channels, self.groups, self.downsample = z_channels, 1, 2**last
+        self.out_channels, self.downsample = z_channels, 2**last
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         entries = [channels, *widths[:-1]]
         self.conv_blocks = nn.ModuleList(
@@ -214,14 +256,6 @@ class CNNEncoder(nn.Module):
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
-    def extra_repr(self) -> str:
-        """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
-        return f"downsample={self.downsample}, norm_groups={self.norm_out.num_groups}"
-
-    def latent_grid(self, resolution: int) -> tuple[int, int]:
-        """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
-        return halved_grid(resolution, self.downsample)
-
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
         for level in self.conv_blocks:
@@ -229,7 +263,7 @@ class CNNEncoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
-class CNNDecoder(nn.Module):
+class CNNDecoder(ConvolutionalDecoder):
     """Latent (B, z_channels, h, w) -> images (B, 3, h f, w f), not clamped. Mirrors `CNNEncoder`.
 
     Args:
@@ -274,15 +308,6 @@ class CNNDecoder(nn.Module):
         )
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], in_channels, 3, padding=1)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the output projection, where the adaptive adversarial weight is measured."""
-        return self.conv_out.weight
-
-    def resolution(self, grid: tuple[int, int]) -> int:
-        """Side in pixels of the images made from a latent grid (h, w)."""
-        return grid[0] * self.upsample
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.backbones.cnn import Upsample, group_norm, halved_grid, level_widths
+from tessera.backbones.cnn import ConvolutionalDecoder, ConvolutionalEncoder, Upsample, group_norm, level_widths
 
 
 class MaskGITBlock(nn.Module):
@@ -51,7 +51,7 @@ class _Level(nn.Module):
         return self.resample(x)
 
 
-class MaskGITEncoder(nn.Module):
+class MaskGITEncoder(ConvolutionalEncoder):
     """Images (B, 3, H, W) in [-1, 1] -> latent (B, z_channels, H/f, W/f), f = 2^(levels - 1).
 
     The convolutions see the images in [0, 1] with a black border, as the published weights expect.
@@ -82,7 +82,7 @@ class MaskGITEncoder(nn.Module):
             "encoder", channels, channel_multipliers, num_res_blocks, z_channels, norm_groups, dropout
         )
         last = len(widths) - 1
-        self.out_channels, self.groups, self.downsample = z_channels, 1, 2**last
+        self.out_channels, self.downsample = z_channels, 2**last
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.levels = nn.ModuleList(
             _Level(
@@ -97,14 +97,6 @@ class MaskGITEncoder(nn.Module):
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
 
-    def extra_repr(self) -> str:
-        """What the weights don't show of the function they make (the tokenizer's fingerprint hashes it)."""
-        return f"downsample={self.downsample}, norm_groups={self.norm_out.num_groups}"
-
-    def latent_grid(self, resolution: int) -> tuple[int, int]:
-        """(h, w) of the latent of square images; ConfigError where they can't be halved so often."""
-        return halved_grid(resolution, self.downsample)
-
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in((images + 1) / 2)
         for level in self.levels:
@@ -114,7 +106,7 @@ class MaskGITEncoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class MaskGITDecoder(nn.Module):
+class MaskGITDecoder(ConvolutionalDecoder):
     """Latent (B, z_channels, h, w) -> images (B, 3, h f, w f) around [-1, 1], not clamped. Mirrors `MaskGITEncoder`.
 
     Args:
@@ -159,15 +151,6 @@ class MaskGITDecoder(nn.Module):
         )
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], in_channels, 3, padding=1)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the output projection, where the adaptive adversarial weight is measured."""
-        return self.conv_out.weight
-
-    def resolution(self, grid: tuple[int, int]) -> int:
-        """Side in pixels of the images made from a latent grid (h, w)."""
-        return grid[0] * self.upsample
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
