@@ -62,6 +62,26 @@ def test_sizes_and_gradients(name, groups, position, grid):
             assert parameter.grad is not None, parameter_name
 
 
+@pytest.mark.parametrize(("resolution", "patch_size"), [(24, 4), (20, 5), (8, 8)])
+@pytest.mark.parametrize("name", [SMALL, REGISTERS])
+def test_other_resolutions_and_patches(name, resolution, patch_size):
+    """The public code takes patch_size^2 for the number of patches, and one token for the prefix."""
+    sizes = {"model": name, "resolution": resolution, "patch_size": patch_size, "grid": 2}
+    with torch.no_grad():
+        z = encoder(**sizes)(torch.rand(2, 3, resolution, resolution))
+        assert z.shape == (2, 24, 2, 2)
+        assert decoder(**sizes)(z).shape == (2, 3, resolution, resolution)
+
+
+def test_float64():
+    reader, writer = encoder().double(), decoder().double()
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    assert reader(images).dtype == torch.float64 == writer(reader(images)).dtype
+    twin = encoder()
+    twin.load_state_dict(reader.state_dict())
+    assert_close(twin(images.float()).double(), reader(images), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "width", "depth", "heads"),
     [

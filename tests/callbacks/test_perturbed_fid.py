@@ -48,6 +48,14 @@ def test_control_is_rfid_and_mean_is_of_the_table():
     assert figure.protocol.extra["alpha"] == list(ALPHAS)
 
 
+def test_equal_deltas_are_one_setting():
+    """The published deltas of a codebook of 16 are all 2."""
+    figure = run()
+    assert set(figure.details["table"]) == {f"a={alpha},d=2" for alpha in ALPHAS}
+    assert figure.label == "pFID[tiny]@N=23,K=16,delta={2}"
+    assert figure.value == pytest.approx(run(deltas=[2]).value)
+
+
 def test_one_setting_by_hand():
     alpha, delta = 0.7, 4
     figure = run(alphas=[alpha], deltas=[delta])
@@ -97,6 +105,26 @@ def test_draws_belong_to_the_sample():
     assert not torch.equal(*whole)
 
 
+def test_chosen_scales_are_hit_alone():
+    stage = stage_with()
+    values = {}
+    for scales in ([0], [2], [0, 1, 2], None):
+        callback = PerturbedFID(TinyFeatures(), deltas=[4], scales=scales)
+        validate([callback], stage)
+        values[str(scales)] = callback.figures[0]
+    shares = {name: figure.details["changed_share"]["a=0.8,d=4"] for name, figure in values.items()}
+    assert shares["[0]"] == pytest.approx(0.6 / 21, abs=0.02) and shares["[2]"] == pytest.approx(
+        0.6 * 16 / 21, abs=0.06
+    )
+    assert shares["[0, 1, 2]"] == shares["None"] and values["[0, 1, 2]"].value == values["None"].value
+    assert len({figure.value for figure in values.values()}) == 3
+    assert values["[2]"].label == "pFID[tiny]@N=23,K=17,delta={4},scales={2}"
+    assert "scales" not in values["None"].label
+    for scales in ([], [3], [-1]):
+        with pytest.raises(ConfigError, match=r"callbacks\.pfid\.scales=.*0 to 2"):
+            validate([PerturbedFID(TinyFeatures(), deltas=[4], scales=scales)], stage)
+
+
 def test_other_alphas_are_named():
     figure = run(alphas=[0.5], deltas=[4])
     assert figure.label == "pFID[tiny]@N=23,K=16,alpha={0.5},delta={4}"
@@ -108,15 +136,21 @@ def test_branches_are_perturbed_alike():
     assert callback.figures[0].details["changed_share"]["a=0.5,d=4"] == pytest.approx(0.375, abs=0.06)
 
 
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_every_quantizer_can_be_perturbed(codebook, structure):
-    """delta = 1 is the control: rFID itself."""
+def stage_with(codebook="vq", structure="multiscale"):
+    """The tiny stage with another quantizer, of two branches."""
     case, stage = CODEBOOKS[codebook], TinyStage()
     grids = {"grids": [1, 2, 4]} if "multiscale" in structure else {}
     branch = partial(STRUCTURES[structure], codebook=case.make, **grids)
     tiny = stage.tokenizer
     stage.tokenizer = Tokenizer(tiny.encoder, ProductQuantizer(branch, 2, 2 * case.dim), tiny.decoder, 16)
+    return stage
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_quantizer_can_be_perturbed(codebook, structure):
+    """delta = 1 is the control: rFID itself."""
+    stage = stage_with(codebook, structure)
     callback = PerturbedFID(TinyFeatures(), deltas=[1, 4], alphas=[0.9])
     validate([callback], stage)
     figure = callback.figures[0]

@@ -391,3 +391,22 @@ def test_dropped_scales_stay_dropped(loop):
 def test_refuses_an_unknown_loop():
     with pytest.raises(ConfigError, match=r"perturbation\.loop='half'"):
         NearestCodePerturbation(1.0, 0.1, 5, loop="half")
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_scales_have_their_own_share(loop):
+    quantizer = residual()
+    z, clean = batch(quantizer, 300)
+    strategy = NearestCodePerturbation(0.8, 1.0, 4, loop=loop, scale_weights=[0.0, 0.0, 0.5])
+    strategy.check(quantizer)
+    output, _ = strategy(quantizer, z, clean, progress=0.0, rng=rng(300))
+    changed = (output.tokens != clean.tokens).float().mean((0, 1))
+    assert not changed[:5].any()
+    assert changed[5:].mean().item() == pytest.approx(0.8 * 0.5 * 3 / 4, abs=0.04)
+
+
+def test_refuses_shares_that_are_not_one_per_scale():
+    with pytest.raises(ConfigError, match=r"perturbation\.scale_weights has 2 factors.*3 scales"):
+        NearestCodePerturbation(0.8, 1.0, 4, scale_weights=[0.5, 1.0]).check(residual())
+    with pytest.raises(ConfigError, match=r"perturbation\.scale_weights=\[0\.5, 2\]"):
+        NearestCodePerturbation(0.8, 1.0, 4, scale_weights=[0.5, 2])

@@ -146,6 +146,29 @@ def test_perturbation(codebook, structure, branches, loop, neighbors_of):
         assert (output.tokens[..., None] == neighbors).any(-1)[changed].all()
 
 
+@every_combination
+def test_tokens_can_be_replaced_while_encoding(codebook, structure, branches):
+    quantizer = build(codebook, structure, branches).eval()
+    z = latent(quantizer)
+    seen = []
+
+    def edit(branch, scale):
+        seen.append((branch, scale.tokens.shape[1]))
+        nearest = scale.neighbors("latent", 2)
+        assert torch.equal(nearest[..., 0], scale.tokens)
+        own = quantizer.branches[branch].codebooks[0].neighbors(scale.tokens.flatten(), 3)
+        if len(quantizer.branches[branch].codebooks) == 1:
+            assert torch.equal(scale.neighbors("code", 3).flatten(0, 1), own)
+        return nearest[..., 1]
+
+    replaced = quantizer.encode(z, edit)
+    sizes = [height * width for height, width in quantizer.grids]
+    assert seen == [(branch, size) for branch in range(branches) for size in sizes]
+    clean = quantizer.encode(z)
+    assert (replaced != clean)[..., : sizes[0]].all()
+    assert torch.equal(quantizer.encode(z, lambda branch, scale: scale.tokens), clean)
+
+
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("structure", SEVERAL_SCALES)
 def test_quantizer_dropout(codebook, structure):

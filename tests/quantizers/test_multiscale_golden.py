@@ -193,23 +193,27 @@ def test_published_binary_quantizer(case):
     compare_tokens(file, quantizer)
 
 
+def of_var(config: dict, branches: int, channels: int, codebook_size: int) -> ProductQuantizer:
+    """The quantizer of a VAR golden file, with `channels` per branch."""
+    search = "cosine" if config["using_znorm"] else "euclidean"
+    branch = partial(
+        MultiScaleQuantizer,
+        codebook=partial(VQCodebook, codebook_size=codebook_size, l2_normalize=False, search=search),
+        grids=config["v_patch_nums"],
+        phi_convs=config["share_quant_resi"],
+        phi_ratio=config["quant_resi"],
+    )
+    return ProductQuantizer(branch, branches, branches * channels).eval()
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("case", ["var_pq2_tokenize"])
 def test_published_product_of_two(case):
     """From the recorded latent on; the ViT before it has its own tests."""
     file = golden(case)
     config = file.config
-    search = "cosine" if config["using_znorm"] else "euclidean"
-    codebook = partial(VQCodebook, codebook_size=config["codebook_size"], l2_normalize=False, search=search)
-    branch = partial(
-        MultiScaleQuantizer,
-        codebook=codebook,
-        grids=config["v_patch_nums"],
-        phi_convs=config["share_quant_resi"],
-        phi_ratio=config["quant_resi"],
-    )
     branches, size = config["product_quant"], config["codebook_embed_dim"]
-    quantizer = ProductQuantizer(branch, branches, branches * size).eval()
+    quantizer = of_var(config, branches, size, config["codebook_size"])
     weights = {k.removeprefix("vae_local."): v for k, v in file.weights.items()}
     load_strictly(quantizer, quantizer_keys({k: v for k, v in weights.items() if k.startswith("quantize")}), "golden")
     side = config["v_patch_nums"][-1]
@@ -232,16 +236,7 @@ def test_published_quantizer_of_var(case):
     """From the recorded latent on: the Euclidean search of VAR's own tokenizer."""
     file = golden(case)
     config = file.config
-    search = "cosine" if config["using_znorm"] else "euclidean"
-    codebook = partial(VQCodebook, codebook_size=config["vocab_size"], l2_normalize=False, search=search)
-    branch = partial(
-        MultiScaleQuantizer,
-        codebook=codebook,
-        grids=config["v_patch_nums"],
-        phi_convs=config["share_quant_resi"],
-        phi_ratio=config["quant_resi"],
-    )
-    quantizer = ProductQuantizer(branch, 1, config["z_channels"]).eval()
+    quantizer = of_var(config, 1, config["z_channels"], config["vocab_size"])
     weights = {key: value for key, value in file.weights.items() if key.startswith("quantize.")}
     load_strictly(quantizer, quantizer_keys(weights), "golden")
     z = file.output["f"]

@@ -170,3 +170,16 @@ def test_post_training():
     recorded = {1: 4.99901e-5, 10: 4.90211e-5, 50: 3e-5, 99: 1.00099e-5}
     assert {e: rates[e][0] for e in recorded} == pytest.approx(recorded, rel=1e-5)
     assert (cfg.sampling.temperature, cfg.sampling.guidance_scale, cfg.sampling.guidance_power) == (1.02, 6.0, 1.15)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("backbone", ["vit", "vit_cnn", "cnn_vit", "cnn"])
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_backbone_choices_build_at_full_size(backbone, branches, tuning):
+    choices = ["data=imagenet", f"backbone={backbone}", f"quantizer.branches={branches}"]
+    cfg = composed("train", [*choices, f"tokenizer.encoder_tuning={tuning}", f"tokenizer.decoder_tuning={tuning}"])
+    tokenizer = on_meta(cfg.tokenizer)
+    assert tokenizer.grid == (16, 16) and tokenizer.quantizer.num_branches == branches
+    assert tokenizer.encoder.groups == (branches if backbone.startswith("vit") else 1)
+    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
+    assert trained > 70e6 if tuning == "full" else trained < 3e6

@@ -60,10 +60,11 @@ class PerturbedFID(FigureCallback):
         alphas: shares of tokens hit.
         deltas: neighbour counts; None: by codebook size, `scaled_deltas`.
         seed: of the draws.
+        scales: numbers from 0 of the scales whose tokens are hit; None: all. Named in the figure's label.
         every_n_validations, prefix: see `FigureCallback`.
 
     Raises:
-        ConfigError: alpha outside [0, 1], delta below 1 or above the codebook size.
+        ConfigError: alpha outside [0, 1], delta below 1 or above the codebook size, a scale that doesn't exist.
 
     Source: arXiv:2503.08354, section 3; common random numbers are ours.
     """
@@ -76,6 +77,7 @@ class PerturbedFID(FigureCallback):
         seed: int = 0,
         every_n_validations: int = 1,
         prefix: str = "val",
+        scales: tuple[int, ...] | list[int] | None = None,
     ):
         super().__init__(every_n_validations, prefix)
         if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
@@ -85,6 +87,7 @@ class PerturbedFID(FigureCallback):
         self.extractor, self.seed = extractor, seed
         self.alphas, self.given_deltas = tuple(alphas), None if deltas is None else tuple(deltas)
         self.deltas: tuple[int, ...] = ()
+        self.scales = None if scales is None else tuple(scales)
         self.real = FrechetDistance(extractor.num_features, sides=("real",))
         self.fakes: dict[tuple[float, int], FrechetDistance] = {}
         self.changed = torch.zeros(0)
@@ -92,9 +95,16 @@ class PerturbedFID(FigureCallback):
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         codebook_size = pl_module.tokenizer.quantizer.codebook_size
-        self.deltas = self.given_deltas or scaled_deltas(codebook_size)
+        # of small codebooks, several published deltas are the same
+        self.deltas = tuple(dict.fromkeys(self.given_deltas or scaled_deltas(codebook_size)))
         if max(self.deltas) > codebook_size:
             raise ConfigError(f"callbacks.pfid.deltas={list(self.deltas)} exceed the codebook size {codebook_size}")
+        existing = range(len(pl_module.tokenizer.quantizer.grids))
+        if self.scales is not None and not (self.scales and set(self.scales) <= set(existing)):
+            raise ConfigError(
+                f"callbacks.pfid.scales={list(self.scales)} must be one or more of the quantizer's scales, 0 to "
+                f"{existing[-1]}"
+            )
         self.extractor.to(pl_module.device)
         self.real.to(pl_module.device).reset()
         # (1, 1) is the control: every token becomes its nearest code, which gives rFID
@@ -103,7 +113,7 @@ class PerturbedFID(FigureCallback):
             setting: FrechetDistance(self.extractor.num_features, sides=("fake",)).to(pl_module.device)
             for setting in settings
         }
-        self.changed = torch.zeros(len(settings), 2, dtype=torch.float64)
+        self.changed = torch.zeros(len(self.fakes), 2, dtype=torch.float64)
 
     @torch.no_grad()
     def measure(
@@ -121,6 +131,8 @@ class PerturbedFID(FigureCallback):
             neighbors = tokenizer.quantizer.neighbors(z, max(self.deltas))  # (B, P, L, k)
             nearest = neighbors[..., 0]
             site, rank = site_draws(self.seed, batch["index"].to(images.device), *nearest.shape[1:])
+            if self.scales is not None:  # no draw lies below any alpha elsewhere
+                site = site.masked_fill(~self._hit_sites(tokenizer.quantizer.grids, site.device), 1.0)
             real = self.extractor(images)
             features, changed = [], []
             for alpha, delta in self.fakes:
@@ -137,6 +149,11 @@ class PerturbedFID(FigureCallback):
             self.changed += torch.stack([rates[:, mask].sum(1), mask.sum().expand(len(rates)).double()], dim=1)
 
         return commit
+
+    def _hit_sites(self, grids: list[tuple[int, int]], device: torch.device) -> Tensor:
+        """(L,) bool: the tokens of the chosen scales."""
+        parts = [torch.full((h * w,), k in self.scales, device=device) for k, (h, w) in enumerate(grids)]
+        return torch.cat(parts)
 
     def finish(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> list[Figure]:
         with self.real.sync_context():
@@ -159,8 +176,14 @@ class PerturbedFID(FigureCallback):
                 "alpha": list(self.alphas),
                 "seed": self.seed,
                 "neighbors_of": "latent",
+                **({} if self.scales is None else {"scales": list(self.scales)}),
             },
-            in_label=("K", "delta") if self.alphas == ALPHAS else ("K", "alpha", "delta"),
+            in_label=(
+                "K",
+                *(() if self.alphas == ALPHAS else ("alpha",)),
+                "delta",
+                *(() if self.scales is None else ("scales",)),
+            ),
         )
         table = {f"a={a},d={d}": values[a, d] for a in self.alphas for d in self.deltas}
         details = {

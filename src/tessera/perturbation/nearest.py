@@ -1,6 +1,6 @@
 """Latent perturbation by nearest codes (RobusTok): the decoder learns to bear a generator's mistakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -85,6 +85,8 @@ class NearestCodePerturbation:
         loop: of structures with several scales. "open": all scales are encoded first, then tokens replaced, so that
             errors stay, as those of a generator do; "closed": after each scale, so that later scales encode what the
             wrong sum leaves and can repair it. The same for a single grid.
+        scale_weights: one factor in [0, 1] per scale, by which alpha is multiplied: a wrong coarse code spoils more of
+            an image than a fine one. None: 1 for all.
 
     Raises:
         ConfigError: a value out of range, or an unknown neighbors_of or loop.
@@ -102,6 +104,7 @@ class NearestCodePerturbation:
         neighbors_of: NeighborsOf = "latent",
         delta_schedule: Schedule | None = None,
         loop: Loop = "open",
+        scale_weights: Sequence[float] | None = None,
     ):
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0.0 <= value <= 1.0:
@@ -114,17 +117,24 @@ class NearestCodePerturbation:
             raise ConfigError(f"perturbation.neighbors_of={neighbors_of!r} is unknown; choose latent or code")
         if loop not in ("open", "closed"):
             raise ConfigError(f"perturbation.loop={loop!r} is unknown; choose open or closed")
-        self.loop = loop
+        if scale_weights is not None and not all(0.0 <= weight <= 1.0 for weight in scale_weights):
+            raise ConfigError(f"perturbation.scale_weights={list(scale_weights)} must be factors in [0, 1]")
+        self.loop, self.scale_weights = loop, None if scale_weights is None else [float(w) for w in scale_weights]
         self.alpha, self.beta, self.delta = float(alpha), float(beta), int(delta)
         self.schedule, self.delta_schedule = schedule, delta_schedule or schedule
         self.neighbors_of = neighbors_of
 
     def check(self, quantizer: ProductQuantizer) -> None:
-        """Refuse a codebook smaller than delta; call before training starts.
+        """Refuse a codebook smaller than delta, or other scales; call before training starts.
 
         Raises:
-            ConfigError: delta exceeds the codebook size.
+            ConfigError: delta exceeds the codebook size; scale_weights are not one per scale.
         """
+        if self.scale_weights is not None and len(self.scale_weights) != len(quantizer.grids):
+            raise ConfigError(
+                f"perturbation.scale_weights has {len(self.scale_weights)} factors, but the quantizer has "
+                f"{len(quantizer.grids)} scales (quantizer.branch.grids); give one per scale"
+            )
         if self.delta > quantizer.codebook_size:
             raise ConfigError(
                 f"perturbation.delta={self.delta} exceeds the {quantizer.codebook_size} codes of the "
@@ -161,17 +171,25 @@ class NearestCodePerturbation:
         Returns:
             (B, P, L) int64.
         """
+        share = self._shares(quantizer, alpha, site.device)
         if self.loop == "closed" and len(quantizer.grids) > 1:
 
             def edit(branch: int, scale: ScaleTokens) -> Tensor:
-                nearest = scale.neighbors(self.neighbors_of, delta)
-                return perturb_tokens(
-                    scale.tokens, nearest, site[:, branch, scale.sites], rank[:, branch, scale.sites], alpha
-                )
+                nearest, at = scale.neighbors(self.neighbors_of, delta), scale.sites
+                own = share[at] if isinstance(share, Tensor) else share
+                return perturb_tokens(scale.tokens, nearest, site[:, branch, at], rank[:, branch, at], own)
 
             return quantizer.encode(z, edit)
         neighbors = quantizer.neighbors(z if self.neighbors_of == "latent" else tokens, delta)
-        return perturb_tokens(tokens, neighbors, site, rank, alpha)
+        return perturb_tokens(tokens, neighbors, site, rank, share)
+
+    def _shares(self, quantizer: ProductQuantizer, alpha: float, device: torch.device) -> float | Tensor:
+        """The share of re-drawn tokens, by site (L,) where scales differ."""
+        if self.scale_weights is None:
+            return alpha
+        sizes = [height * width for height, width in quantizer.grids]
+        pieces = zip(self.scale_weights, sizes, strict=True)
+        return torch.cat([torch.full((size,), alpha * weight, device=device) for weight, size in pieces])
 
     def __call__(
         self,

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from tessera.quantizers.search import top_k
-
 # Candidates alive at once; bounds the memory to some 100 MB whatever N, k and K are
 _CANDIDATES = 1 << 22
 
@@ -22,7 +20,7 @@ def nearest_products(costs: list[Tensor], k: int) -> Tensor:
         k: 1 <= k <= K, the product of the L_d.
 
     Returns:
-        (N, k) int64, cheapest first, distinct within a row.
+        (N, k) int64, cheapest first, distinct within a row; the order among equal costs is the same for any k.
 
     Raises:
         ValueError: k outside [1, K].
@@ -49,7 +47,8 @@ def _merge(costs: list[Tensor], k: int) -> Tensor:
         letters = torch.arange(cost.shape[1], device=cost.device) * stride
         total = (total[:, :, None] + cost[:, None, :]).flatten(1)
         index = (index[:, :, None] + letters).flatten(1)
-        value, position = top_k(-total, min(k, total.shape[1]))
-        total, index = -value, index.gather(1, position)
+        # a stable sort: `topk` leaves the order of ties open, and mending that would wait for a GPU
+        total, position = total.sort(dim=1, stable=True)
+        total, index = total[:, :k], index.gather(1, position[:, :k])
         stride *= cost.shape[1]
     return index

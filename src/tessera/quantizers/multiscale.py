@@ -12,6 +12,7 @@ from tessera.errors import ConfigError
 from tessera.quantizers.codebooks.base import Codebook
 from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.phi import PhiConvs
+from tessera.quantizers.resize import enlarge
 from tessera.quantizers.structure import Edit, Grid, ScaleTokens, Structure, as_grid
 
 
@@ -148,7 +149,7 @@ class MultiScaleQuantizer(Structure):
         """Map (B, D, h, w) that codes (B n, D) of a scale add to the latent."""
         maps = vectors.view(batch, *self.grids[scale], self.dim).permute(0, 3, 1, 2) * self.gain**scale
         if self.grids[scale] != self.grids[-1]:
-            maps = F.interpolate(maps, size=self.grids[-1], mode="bicubic")
+            maps = enlarge(maps, self.grids[-1])
         return self.phi.refine(maps, scale)
 
     def _shrunk(self, maps: Tensor, scale: int) -> Tensor:

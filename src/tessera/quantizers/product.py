@@ -83,9 +83,18 @@ class ProductQuantizer(nn.Module):
         return sum(height * width for height, width in self.grids)
 
     def bind_grid(self, grid: Grid) -> None:
-        """Tell every branch the latent grid (h, w); refuses one that contradicts a configured grid."""
+        """Tell every branch the latent grid (h, w).
+
+        Raises:
+            ConfigError: it contradicts a configured grid, or dropout_start exceeds the number of scales.
+        """
         for branch in self.branches:
             branch.bind_grid(grid)
+        if self.dropout > 0 and self.dropout_start > len(self.grids):
+            raise ConfigError(
+                f"quantizer.dropout_start={self.dropout_start} exceeds the {len(self.grids)} scales "
+                "(quantizer.branch.grids); lower it, or set quantizer.dropout=0"
+            )
 
     def _split(self, z: Tensor) -> tuple[Tensor, ...]:
         if z.ndim != 4 or z.shape[1] != self.dim:
@@ -97,8 +106,6 @@ class ProductQuantizer(nn.Module):
         if not (self.training and self.dropout > 0):
             return None
         scales = len(self.grids)
-        if self.dropout_start > scales:
-            raise ConfigError(f"quantizer.dropout_start={self.dropout_start} exceeds the {scales} scales (grids)")
         draws = as_sample_rng(rng, len(z), z.device)
         depths = self.dropout_start + integers(draws.uniform("quantizer/depth"), scales - self.dropout_start + 1)
         return torch.where(draws.uniform("quantizer/drop") < self.dropout, depths, scales)
@@ -112,9 +119,6 @@ class ProductQuantizer(nn.Module):
 
         Returns:
             z_q and latent (B, C, h, w) float32, tokens (B, P, L) int64 of all scales, losses averaged over branches.
-
-        Raises:
-            ConfigError: dropout_start exceeds the number of scales.
         """
         depths = self._draw_depths(z, rng)
         outputs = [branch(part, depths) for branch, part in zip(self.branches, self._split(z), strict=True)]

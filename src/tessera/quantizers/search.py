@@ -90,7 +90,7 @@ def nearest_codes(
     return nearest
 
 
-def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`k` largest per row, descending; ties by lowest position, which `torch.topk` leaves open."""
     values, positions = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # one more shows a tie across the cut
     tied = (values[:, 1:] == values[:, :-1]).any(1)
@@ -132,11 +132,11 @@ def nearest_k(
             for start in range(0, size, chunk_size):
                 codes = slice(start, start + chunk_size)
                 scores = _scores(x[rows], codebook[codes], None if offset is None else offset[codes])
-                value, position = top_k(scores, min(k, scores.shape[1]))
+                value, position = _top_k(scores, min(k, scores.shape[1]))
                 position = position + start
                 if best is not None:  # earlier chunks first: position order is index order among ties
                     candidates, owners = torch.cat([best, value], 1), torch.cat([index, position], 1)
-                    value, chosen = top_k(candidates, min(k, candidates.shape[1]))
+                    value, chosen = _top_k(candidates, min(k, candidates.shape[1]))
                     position = owners.gather(1, chosen)
                 best, index = value, position
             nearest[rows] = index

@@ -39,8 +39,7 @@ class ClusterAverages(nn.Module):
     def update(self, x: Tensor, indices: Tensor) -> Tensor:
         """Take in vectors x (N, D) with codes (N,); the new codes (K, D), equal on all ranks."""
         fresh = x.new_zeros(len(self.counts), x.shape[1] + 1)
-        fresh[:, 0] = torch.bincount(indices, minlength=len(fresh))
-        fresh[:, 1:].index_add_(0, indices, x)
+        fresh.index_add_(0, indices, torch.cat([torch.ones_like(x[:, :1]), x], dim=1))
         fresh = all_reduce_sum(fresh)  # counts and sums in one message
         self.counts.lerp_(fresh[:, 0], 1 - self.decay)
         self.sums.lerp_(fresh[:, 1:], 1 - self.decay)

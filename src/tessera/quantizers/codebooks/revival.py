@@ -40,7 +40,9 @@ class Revival(nn.Module, ABC):
         self.register_buffer("usage", torch.full((codebook_size,), initial))
 
     def _count(self, indices: Tensor) -> None:
-        hits = all_reduce_sum(torch.bincount(indices, minlength=len(self.usage)).float())
+        ones = torch.ones_like(indices, dtype=self.usage.dtype)
+        # no bincount: on a GPU it waits for the largest index
+        hits = all_reduce_sum(torch.zeros_like(self.usage).index_add_(0, indices, ones))
         self.usage.lerp_(hits / hits.sum().clamp_min(1), 1 - self.decay)
 
     @abstractmethod

@@ -77,10 +77,9 @@ class VQCodebook(Codebook):
 
     def extra_repr(self) -> str:
         """What, besides the weights, decides the tokens (the tokenizer's fingerprint hashes it)."""
-        return (
-            f"dim={self.dim}, codebook_size={self.codebook_size}, l2_normalize={self.l2_normalize}, "
-            f"search={self.search}"
-        )
+        text = f"dim={self.dim}, codebook_size={self.codebook_size}, l2_normalize={self.l2_normalize}"
+        # named only where l2_normalize doesn't say it: the fingerprints of earlier tokenizers stay
+        return text if self.l2_normalize or self.search == "euclidean" else f"{text}, search={self.search}"
 
     @property
     def _metric(self) -> str:
