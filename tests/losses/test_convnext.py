@@ -39,6 +39,14 @@ def published_discriminator(file):
     return model
 
 
+def published_perceptual(name, convnext):
+    """The loss of a published name, e.g. "lpips-convnext_s-1.0-0.1"."""
+    if "lpips" not in name:
+        return convnext
+    first, second = (float(weight) for weight in name.split("-")[-2:])
+    return PerceptualMean({"lpips": PooledDistance(), "convnext": convnext}, {"lpips": first, "convnext": second})
+
+
 def signed(images_01):
     return 2 * images_01 - 1
 
@@ -52,7 +60,7 @@ def test_published_perceptual_losses(case, tmp_path):
     with torch.no_grad():
         assert_close(convnext.logits(y), file.output["convnext_logits_image"], atol=2e-5, rtol=1e-4)
         assert_close(convnext(x, y).mean(), file.output["convnext_loss"], atol=2e-5, rtol=1e-4)
-        mean = PerceptualMean({"lpips": PooledDistance(), "convnext": convnext}, {"lpips": 1.0, "convnext": 0.1})
+        mean = published_perceptual(file.config["losses"]["single_vq"]["perceptual_loss"], convnext)
         assert_close(mean(x, y).mean(), file.output["lpips_convnext_mix"].mean(), atol=2e-5, rtol=1e-4)
         for key in part(file, f"{PREFIX}perceptual_loss.convnext."):
             if key.endswith("weight"):
@@ -104,12 +112,6 @@ def test_published_terms_of_the_generator(case, tmp_path):
     """Sums of our terms with the published weights; images in [-1, 1] make the squared error 4 times that of [0, 1]."""
     file = golden(case)
     discriminator, convnext = published_discriminator(file), published_convnext(file, tmp_path)
-    perceptual = {
-        "convnext_s": convnext,
-        "lpips-convnext_s-1.0-0.1": PerceptualMean(
-            {"lpips": PooledDistance(), "convnext": convnext}, {"lpips": 1.0, "convnext": 0.1}
-        ),
-    }
     target = signed(file.input["image"])
     mean, log_variance = file.input["moments"].chunk(2, dim=1)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / len(mean)
@@ -117,11 +119,13 @@ def test_published_terms_of_the_generator(case, tmp_path):
         for moment in ("before", "after"):
             given = file.input["reconstruction"].clone().requires_grad_()
             images = signed(given)
+            kind, range_factor = {"l2": ("mse", 4), "l1": ("l1", 2)}[options["reconstruction_loss"]]
+            perceptual = published_perceptual(options["perceptual_loss"], convnext)
             terms = {
-                "reconstruction_loss": pixel_loss("mse")(images, target) / 4 * options["reconstruction_weight"],
-                "perceptual_loss": perceptual[options["perceptual_loss"]](images, target).mean()
-                * options["perceptual_weight"],
+                "reconstruction_loss": pixel_loss(kind)(images, target) / range_factor,
+                "perceptual_loss": perceptual(images, target).mean() * options["perceptual_weight"],
             }
+            terms["reconstruction_loss"] *= options["reconstruction_weight"]
             if "kl_weight" in options:
                 terms["reconstruction_loss"] /= torch.tensor(options["logvar_init"]).exp()
                 terms["kl_loss"] = kl * options["kl_weight"]

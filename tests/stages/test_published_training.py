@@ -63,17 +63,26 @@ def published(config: dict, weights: dict[str, Tensor]) -> Tokenizer:
     return tokenizer
 
 
-def published_entropy(tokenizer: Tokenizer, out: QuantizerOutput, weight: float, gains: list[float]) -> Tensor:
-    """The recorded soft entropy: the batch indexed by its 0/1 mask of kept images as integers, over their share."""
-    terms = []
+def published_entropy(tokenizer: Tokenizer, out: QuantizerOutput, options: dict) -> Tensor:
+    """The recorded entropy term, from our entropies.
+
+    The published soft form indexes the batch by its 0/1 mask of kept images as integers; the hard form divides its mean
+    over kept images by their share once more.
+    """
+    terms, soft = [], options["soft_entropy"]
     parts = out.latent.chunk(tokenizer.quantizer.num_branches, dim=1)
+    sites = parts[0].shape[2] * parts[0].shape[3]
     for number, (branch, latent) in enumerate(zip(tokenizer.quantizer.branches, parts, strict=True)):
-        for scale, gain in enumerate(gains):
+        codebook = branch.codebooks[0]
+        if not soft:
+            codebook.entropy, codebook.temperature = "hard", 0.01
+        for scale in range(len(branch.grids)):
             before = branch.decode(out.tokens[:, number], out.depths.clamp(max=scale)).detach()
-            mask = out.depths > scale
-            found = branch.codebooks[0].penalties(rows_of((latent - before)[mask.long()]), None, gain)
+            mask, gain = out.depths > scale, options["scale"] ** scale
+            seen = (latent - before)[mask.long()] if soft else latent - before
+            found = codebook.penalties(rows_of(seen), None if soft else mask.repeat_interleave(sites), gain)
             terms.append((found["entropy_sample"] + found["entropy_batch"]) / mask.float().mean())
-    return torch.stack(terms).mean() * weight
+    return torch.stack(terms).mean() * options["entropy_loss_ratio"]
 
 
 def compare_usage(file: Golden, tokenizer: Tokenizer, tokens: Tensor) -> None:
@@ -176,8 +185,7 @@ def test_xqgan(case):
         "dependency_loss": torch.zeros(()),
     }
     if options.get("lfq"):
-        gains = [options["scale"] ** scale for scale in range(scales)]
-        terms["entropy_loss"] = published_entropy(tokenizer, seen[0], options["entropy_loss_ratio"], gains)
+        terms["entropy_loss"] = published_entropy(tokenizer, seen[0], options)
     if options.get("dependency_loss_weight"):
         pooled = output.z_q.mean((2, 3)).chunk(quantizer.num_branches, dim=1)
         terms["dependency_loss"] = options["dependency_loss_weight"] * dependency_loss(pooled, squared=False)
@@ -205,7 +213,8 @@ def test_robustok(case):
         "abs_pos_embed": "encoder.lvl_embed.weight" in weights,
     }
     tokenizer = published(public, weights)
-    noise = Given(file.input["rand"], file.input["randint"], *options["perturb"].values(), batch)
+    strength = [options["perturb"][name] for name in ("alpha", "beta", "delta")]
+    noise = Given(file.input["rand"], file.input["randint"], *strength, batch)
     seen = {}
 
     def perturb(quantizer, z, out):
