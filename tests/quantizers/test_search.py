@@ -32,6 +32,27 @@ def test_equals_brute_force_for_any_chunk_size(n, k, d, normalized, chunk_size):
     assert torch.equal(found, distances.argsort(dim=1, stable=True)[:, :neighbors])
 
 
+@pytest.mark.parametrize("size", [64, 65, 128, 200, 5000])
+def test_positions_are_found_in_groups_of_codes(size):
+    """Whole and broken groups, equal codes in one group and in others, maxima at every place."""
+    codebook = torch.randn(size, 5).mul(16).round()
+    codebook[size // 2] = codebook[size // 3]
+    codebook[-1] = codebook[0]
+    x = codebook[torch.randperm(size)] + 0.0
+    expected = brute_force(x, codebook).argmin(1)
+    assert torch.equal(nearest_codes(x, codebook), expected)
+    assert torch.equal(nearest_codes(x, codebook, 64), expected)
+    assert torch.equal(nearest_codes(x, codebook, 192), expected)
+
+
+def test_cosine_is_the_product_with_unit_codes():
+    x, codebook = vectors(300, 700, 6, False)
+    codebook *= torch.rand(700, 1) * 10
+    expected = F.cosine_similarity(x[:, None], codebook[None], dim=2).argsort(1, descending=True)
+    assert torch.equal(nearest_codes(x, codebook, 100, "cosine"), expected[:, 0])
+    assert torch.equal(nearest_k(x, codebook, 3, 100, "cosine"), expected[:, :3])
+
+
 @pytest.mark.parametrize("k", [4, 11])
 def test_tiles_of_rows_and_codes_do_not_change_the_result(monkeypatch, k):
     x, codebook = vectors(101, 53, 4, False)

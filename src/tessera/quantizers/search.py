@@ -10,15 +10,20 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Metric = Literal["euclidean", "dot"]
+Metric = Literal["euclidean", "dot", "cosine"]
 
 DEFAULT_CHUNK_SIZE = 4096
 # Scores per tile. The CPU figure keeps a tile in the cache of one core (measured: 2^17 to 2^18 is fastest); a
 # GPU needs large tiles to fill its multiprocessors (2^25 scores are 128 MiB).
 _TILE_SCORES = {"cpu": 1 << 18}
 _TILE_SCORES_ACCELERATOR = 1 << 25
+# Most codes in a tile on a CPU: 128 rows beside them make the products fastest
+_TILE_CODES_CPU = 2048
+# Codes whose maximum is taken before positions matter
+_GROUP = 64
 
 
 def _check(x: Tensor, codebook: Tensor, chunk_size: int, metric: str) -> None:
@@ -29,27 +34,36 @@ def _check(x: Tensor, codebook: Tensor, chunk_size: int, metric: str) -> None:
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    if metric not in ("euclidean", "dot"):
-        raise ValueError(f"metric={metric!r} is unknown; choose euclidean or dot")
+    if metric not in ("euclidean", "dot", "cosine"):
+        raise ValueError(f"metric={metric!r} is unknown; choose euclidean, dot or cosine")
+
+
+def _tile_rows(x: Tensor, codes_per_tile: int) -> int:
+    return max(1, min(x.shape[0], _TILE_SCORES.get(x.device.type, _TILE_SCORES_ACCELERATOR) // codes_per_tile))
 
 
 def _row_tiles(x: Tensor, codes_per_tile: int) -> Iterator[slice]:
-    budget = _TILE_SCORES.get(x.device.type, _TILE_SCORES_ACCELERATOR)
-    rows = max(1, budget // codes_per_tile)
+    rows = _tile_rows(x, codes_per_tile)
     for start in range(0, x.shape[0], rows):
         yield slice(start, start + rows)
 
 
-def _scores(x: Tensor, codebook: Tensor, offset: Tensor | None) -> Tensor:
+def _scores(x: Tensor, codes: Tensor, offset: Tensor | None, out: Tensor | None = None) -> Tensor:
     """(rows, codes) similarity, larger is nearer."""
-    return x @ codebook.t() if offset is None else torch.addmm(offset, x, codebook.t())
+    return torch.mm(x, codes.t(), out=out) if offset is None else torch.addmm(offset, x, codes.t(), out=out)
+
+
+def _tile(codes: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
+    """Codes in float32 as they are multiplied, and what is added to the products; O(codes D)."""
+    codes = codes.float()
+    if metric == "cosine":
+        return F.normalize(codes, dim=1), None
+    # recomputed rather than cached, so it can't go stale: negligible beside the search
+    return codes, codes.square().sum(1).mul_(-0.5) if metric == "euclidean" else None
 
 
 def _prepare(x: Tensor, codebook: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, codebook = x.detach().float(), codebook.detach().float()
-    # O(K D), negligible beside the N K D of the search: recomputed rather than cached, so it can't go stale
-    offset = codebook.square().sum(1).mul_(-0.5) if metric == "euclidean" else None
-    return x, codebook, offset
+    return x.detach().float(), *_tile(codebook.detach(), metric)
 
 
 def nearest_codes(
@@ -62,7 +76,8 @@ def nearest_codes(
         codebook: (K, D) float.
         chunk_size: codes per tile; changes speed and memory, but no result (distances closer than float32
             resolves aside).
-        metric: "euclidean", or "dot" (largest product; for unit vectors the same codes, one pass less).
+        metric: "euclidean", "dot" (largest product; for unit vectors the same codes, one pass less), or "cosine" (codes
+            are divided by their norms, tile by tile, without a copy of the codebook).
 
     Returns:
         (N,) int64 in [0, K). Ties go to the lowest index.
@@ -71,23 +86,45 @@ def nearest_codes(
         ValueError: shapes do not fit, chunk_size < 1, unknown metric.
     """
     _check(x, codebook, chunk_size, metric)
-    nearest = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    size = codebook.shape[0]
+    count, size, on_cpu = x.shape[0], codebook.shape[0], x.device.type == "cpu"
+    width = min(chunk_size, size, _TILE_CODES_CPU) if on_cpu else min(chunk_size, size)
+    nearest = torch.zeros(count, dtype=torch.int64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        x, codebook, offset = _prepare(x, codebook, metric)
-        for rows in _row_tiles(x, min(chunk_size, size)):
-            best = index = None
-            for start in range(0, size, chunk_size):
-                codes = slice(start, start + chunk_size)
-                scores = _scores(x[rows], codebook[codes], None if offset is None else offset[codes])
-                value, position = scores.max(dim=1)  # the first of equal maxima
-                if best is None:
-                    best, index = value, position
-                else:  # strictly better only, so that a tie stays with the earlier chunk
-                    index = torch.where(value > best, position + start, index)
-                    best = torch.maximum(value, best)
-            nearest[rows] = index
+        x, codebook = x.detach().float(), codebook.detach()
+        best = x.new_full((count,), -torch.inf)
+        scratch = x.new_empty(_tile_rows(x, width), width)
+        # each code is read, converted and measured once, while the latents come round again: they are the smaller side
+        for start in range(0, size, width):
+            codes, offset = _tile(codebook[start : start + width], metric)
+            for rows in _row_tiles(x, width):
+                scores = scratch[: min(len(scratch), count - rows.start), : len(codes)]
+                _scores(x[rows], codes, offset, out=scores)
+                if on_cpu:
+                    _improve_where_better(scores, start, best[rows], nearest[rows])
+                else:
+                    value, position = scores.max(dim=1)  # the first of equal maxima
+                    # strictly better only, so that a tie stays with the earlier chunk
+                    nearest[rows] = torch.where(value > best[rows], position + start, nearest[rows])
+                    best[rows] = torch.maximum(value, best[rows])
     return nearest
+
+
+def _improve_where_better(scores: Tensor, start: int, best: Tensor, nearest: Tensor) -> None:
+    """Update running maxima and their indices by the scores (rows, codes) of the codes from `start` on.
+
+    A maximum with its position costs six times the maximum alone on a CPU. Positions are therefore looked up in groups
+    of codes, of which the maximum is known, and only in rows that got better: with many tiles, few.
+    """
+    grouped = scores.shape[1] % _GROUP == 0 and scores.shape[1] > _GROUP
+    groups = scores.unflatten(1, (-1, _GROUP)) if grouped else scores.unsqueeze(2)
+    value, group = (groups.amax(2) if grouped else scores).max(dim=1)  # the first of equal maxima
+    better = (value > best).nonzero().squeeze(1)  # strictly, so that a tie stays with the earlier codes
+    if len(better) == 0:
+        return
+    group = group[better]
+    within = groups[better, group].argmax(1)
+    best[better] = value[better]
+    nearest[better] = group * groups.shape[2] + within + start
 
 
 def _top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

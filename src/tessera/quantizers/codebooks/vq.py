@@ -102,7 +102,8 @@ class VQCodebook(Codebook):
         Returns:
             (N,) int64 in [0, K). Ties go to the lowest index.
         """
-        return self.assigner()(x)
+        with torch.no_grad():  # without the copy of the codebook that an `assigner` keeps
+            return nearest_codes(x, self.embedding, self.chunk_size, self.search)
 
     @torch.no_grad()
     def assigner(self) -> Callable[[Tensor], Tensor]:
