@@ -76,7 +76,7 @@ def test_loading_with_another_mode_keeps_the_function(chain, tmp_path):
     assert not any(p.requires_grad for p in changed.encoder.network.parameters())
     with torch.no_grad():
         assert_close(changed.encode(images), saved.encode(images), atol=1e-5)
-        z = torch.randn(2, 16, 4, 4)
+        z = torch.randn(2, changed.quantizer.dim, 4, 4)
         assert_close(changed.decode(z), saved.decode(z), atol=1e-5)
     again = load_tokenizer(str(export(changed, tmp_path)), encoder_tuning="lora")
     assert len(list(adapters(again))) == 4
