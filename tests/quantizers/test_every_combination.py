@@ -185,6 +185,31 @@ def test_quantizer_dropout(codebook, structure):
     assert quantizer(z).depths is None
 
 
+def losses_and_gradients(branch, z, depths, chosen=slice(None)):
+    """Of a copy of a branch on chosen images: losses, and gradients of their sum at every parameter and at z."""
+    branch, z = copy.deepcopy(branch), z.clone().requires_grad_()
+    losses = branch(z[chosen], depths[chosen]).losses
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in branch.named_parameters() if p.grad is not None}
+    return {**losses, **gradients, "z": z.grad}
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("structure", SEVERAL_SCALES)
+def test_dropped_scales_train_nothing(codebook, structure):
+    """Losses and gradients are those of the images that keep a scale, whatever the others are."""
+    quantizer = build(codebook, structure, 1).train()
+    branch, z = quantizer.branches[0], latent(quantizer, 6)
+    depths = torch.tensor([1, 3, 1, 3, 3, 1])  # the last scale of four is kept by none
+    found = losses_and_gradients(branch, z, depths)
+    every, some = depths.clamp(max=1), depths == 3
+    coarse, fine = losses_and_gradients(branch, z, every), losses_and_gradients(branch, z, depths, some)
+    shared = losses_and_gradients(branch, z, every, some)  # the coarsest scale, which `fine` has, too
+    for name, value in found.items():
+        if value is not None:
+            assert_close(value, coarse[name] + fine[name] - shared[name], atol=1e-5)
+
+
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("structure", SEVERAL_SCALES)
 @pytest.mark.parametrize("branches", [1, 2])
