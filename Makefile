@@ -12,7 +12,7 @@ export MKL_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format demo fashion-mnist bench clean
+.PHONY: help setup test lint format docs demo fashion-mnist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: $(STAMP)  ## check style and format
 format: $(STAMP)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write the table of combinations (docs/combinations.md)
+	$(BIN)/python docs/combinations.py $(ARGS)
 
 demo: $(STAMP)  ## train, post-train and measure everything on the embedded digits (minutes on a CPU)
 	$(BIN)/python -m tessera.run.demo $(ARGS)

@@ -67,6 +67,20 @@ def test_experiment(name):
     build_on_meta(cfg)
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_fast_mode_suits_every_experiment(name):
+    """Schedules and starts of the recipe fit into its few steps."""
+    header = "".join(line for line in (CONF / f"{name}.yaml").open() if line.startswith("#"))
+    script, arguments = next(script_commands(header))
+    cfg = composed(script, [*expanded(arguments)[0], "debug=fast"])
+    steps = cfg.trainer.max_steps
+    assert steps == 4 and cfg.trainer.val_check_interval <= steps
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optimizer.lr)
+    for key in ("scheduler", "discriminator_scheduler"):
+        if cfg.stage.get(key) is not None:
+            hydra.utils.instantiate(cfg.stage[key])(optimizer, steps)
+
+
 def build_on_meta(cfg):
     """Constructs the models of a configuration without memory, those aside that are read from a checkpoint."""
     with torch.device("meta"):

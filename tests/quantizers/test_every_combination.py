@@ -12,6 +12,7 @@ from golden_cases import assert_close
 from quantizer_cases import CODEBOOKS, COMBINATIONS, GRID, STRUCTURES, build
 from tessera.errors import ConfigError
 from tessera.perturbation import NearestCodePerturbation
+from tessera.quantizers.multiscale import rows_of
 from tessera.rng import IndexedRng
 
 every_combination = pytest.mark.parametrize(("codebook", "structure", "branches"), COMBINATIONS)
@@ -119,7 +120,7 @@ def test_neighbors_of_latents_and_tokens(codebook, structure, branches):
 @pytest.mark.parametrize("loop", ["open", "closed"])
 @pytest.mark.parametrize("neighbors_of", ["latent", "code"])
 def test_perturbation(codebook, structure, branches, loop, neighbors_of):
-    quantizer = build(codebook, structure, branches, dropout=0.5).eval()
+    quantizer = build(codebook, structure, branches, dropout=0.0 if structure == "single" else 0.5).eval()
     z = latent(quantizer, 6).requires_grad_()
     clean = quantizer(z)
     strategy = NearestCodePerturbation(0.7, 0.5, 4, neighbors_of=neighbors_of, loop=loop)
@@ -183,6 +184,40 @@ def test_quantizer_dropout(codebook, structure):
         assert_close(out.z_q[image : image + 1].detach(), part.detach(), atol=1e-6)
     assert torch.equal(out.tokens, quantizer.eval().encode(z)), "all tokens are made whatever is dropped"
     assert quantizer(z).depths is None
+
+
+def losses_and_gradients(branch, z, depths, chosen=slice(None)):
+    """Of a copy of a branch on chosen images: losses, and gradients of their sum at every parameter and at z."""
+    branch, z = copy.deepcopy(branch), z.clone().requires_grad_()
+    losses = branch(z[chosen], depths[chosen]).losses
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in branch.named_parameters() if p.grad is not None}
+    return {**losses, **gradients, "z": z.grad}
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("structure", SEVERAL_SCALES)
+def test_dropped_scales_train_nothing(codebook, structure):
+    """Losses and gradients are those of the images that keep a scale, whatever the others are."""
+    quantizer = build(codebook, structure, 1).train()
+    branch, z = quantizer.branches[0], latent(quantizer, 6)
+    depths = torch.tensor([1, 3, 1, 3, 3, 1])  # the last scale of four is kept by none
+    found = losses_and_gradients(branch, z, depths)
+    every, some = depths.clamp(max=1), depths == 3
+    coarse, fine = losses_and_gradients(branch, z, every), losses_and_gradients(branch, z, depths, some)
+    shared = losses_and_gradients(branch, z, every, some)  # the coarsest scale, which `fine` has, too
+    for name, value in found.items():
+        if value is not None:
+            assert_close(value, coarse[name] + fine[name] - shared[name], atol=1e-5)
+    points, scales = branch._project(z), len(branch.grids)  # with depth 1, the first scale's losses are all there is
+    if branch.codebooks[0].carries_gradient:
+        first = rows_of(F.interpolate(points, branch.grids[0], mode="area"))
+        expected = branch.codebooks[0](first).losses
+    else:
+        tokens = branch.encode(z)
+        expected = {"commitment": F.mse_loss(points, branch.decode(tokens, every))}
+    for name, value in expected.items():
+        assert_close(coarse[name] * scales, value, atol=1e-5)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

@@ -7,7 +7,14 @@ import torch
 
 from golden_cases import assert_close
 from tessera.errors import ConfigError, DataError
-from tessera.quantizers import FSQCodebook, MultiScaleQuantizer, ProductQuantizer, SingleGridQuantizer, VQCodebook
+from tessera.quantizers import (
+    FSQCodebook,
+    MultiScaleQuantizer,
+    ProductQuantizer,
+    ResidualQuantizer,
+    SingleGridQuantizer,
+    VQCodebook,
+)
 from tessera.rng import IndexedRng
 
 CODEBOOKS = {
@@ -123,14 +130,28 @@ def test_dim_may_be_left_to_the_codebooks():
         ProductQuantizer(partial(SingleGridQuantizer, codebook=CODEBOOKS["vq"]), branches=2, dim=None)
 
 
-def test_dropout_needs_the_scales_it_keeps():
+def test_dropout_needs_scales_to_drop():
     branch = partial(MultiScaleQuantizer, codebook=CODEBOOKS["vq"], grids=[1, 2, 3])
-    quantizer = ProductQuantizer(branch, branches=1, dim=8, dropout=0.1, dropout_start=4)
-    with pytest.raises(ConfigError, match=r"quantizer\.dropout_start=4 exceeds the 3 scales"):
-        quantizer.bind_grid((3, 3))
+    for start in (3, 4):
+        with pytest.raises(ConfigError, match=rf"quantizer\.dropout_start={start} .* but 3"):
+            ProductQuantizer(branch, branches=1, dim=8, dropout=0.1, dropout_start=start)
+    ProductQuantizer(branch, branches=1, dim=8, dropout=0.0, dropout_start=4)
     for key, options in {"dropout": {"dropout": 1.5}, "dropout_start": {"dropout_start": 0}}.items():
         with pytest.raises(ConfigError, match=rf"quantizer\.{key}="):
             ProductQuantizer(branch, branches=1, dim=8, **options)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        partial(SingleGridQuantizer, grid=3),
+        partial(MultiScaleQuantizer, grids=[3]),
+        partial(ResidualQuantizer, depth=1),
+    ],
+)
+def test_a_single_grid_has_nothing_to_drop(branch):
+    with pytest.raises(ConfigError, match=r"quantizer\.dropout=0\.1 drops scales.*quantizer=multiscale"):
+        ProductQuantizer(partial(branch, codebook=CODEBOOKS["vq"]), branches=2, dim=8, dropout=0.1)
 
 
 def test_images_drop_scales_independently_and_by_their_own_draws():

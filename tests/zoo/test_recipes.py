@@ -65,6 +65,8 @@ def check_ibq_training(cfg: DictConfig, published: dict[str, Any]) -> None:
     assert cfg.trainer.max_steps == (training.get("max_steps") or training["max_epochs"] * 5005)
     assert list(cfg.scheduler.drop_steps) == [epoch * 5005 for epoch in training.get("lr_drop_epoch", [])]
     assert cfg.optimizer.lr == training["learning_rate"] and cfg.callbacks.ema.decay == published["ema_decay"]
+    # the public loss of the discriminator has no factor of its own
+    assert weights.discriminator == 1.0 and cfg.stage.discriminator_start == losses["disc_start"]
     assert weights.adversarial == losses["gen_loss_weight"] and weights.lecam == losses["lecam_loss_weight"]
     assert weights.joint == weights.commitment == losses["quant_loss_weight"] and weights.codebook == published["beta"]
     assert weights.entropy_sample == losses["entropy_loss_weight"] * published["sample_minimization_weight"]
@@ -79,3 +81,27 @@ def test_stage_two_trains_the_decoder_of_stage_one(recipe):
     assert cfg.trainer.max_steps == 500_000 and cfg.stage.discriminator_start_steps == 20_000
     command = next(line for line in (CONF / "experiment" / f"{recipe}.yaml").open() if line.startswith("# Command"))
     assert f"outputs/{recipe.replace('stage2', 'stage1')}/checkpoints/last.ckpt" in command
+
+
+def judged(cfg: DictConfig) -> tuple[Any, ...]:
+    """What TiTok's trainings on pixels say of the discriminator."""
+    stage = cfg.stage
+    weights = {name: stage.loss_weights[name] for name in ("reconstruction", "perceptual", "adversarial")}
+    assert stage.loss_weights.discriminator == 1.0 and stage.loss_weights.lecam == 0.001  # titok.md, section 7
+    assert not stage.use_adaptive_weight and cfg.discriminator._target_.endswith("BlurPatchGAN")
+    return tuple(weights.values()), stage.discriminator_start_steps, stage.loss_weights.get("kl")
+
+
+@pytest.mark.parametrize("recipe", STAGE_TWO)
+def test_stage_two_weighs_its_losses_as_published(recipe):
+    cfg = composed("train", [f"experiment={recipe}", "tokenizer.path=somewhere.ckpt"])
+    assert judged(cfg) == ((0.25, 0.1, 0.01), 20_000, None)  # the pixel loss on [0, 1] has weight 1
+
+
+SINGLE_STAGE = [recipe for recipe in RECIPES.values() if "_vq8k" in recipe or "_vae_" in recipe]
+
+
+@pytest.mark.parametrize("recipe", SINGLE_STAGE)
+def test_single_stages_weigh_their_losses_as_published(recipe):
+    cfg = composed("train", [f"experiment={recipe}"])
+    assert judged(cfg) == ((0.25, 1.1, 0.1), 200_000, 1e-6 if "_vae_" in recipe else None)

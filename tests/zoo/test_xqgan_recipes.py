@@ -169,6 +169,11 @@ def test_post_training():
     assert rates[0] == [1e-5, 1e-5] and rates[1][1] == pytest.approx(3e-5)
     recorded = {1: 4.99901e-5, 10: 4.90211e-5, 50: 3e-5, 99: 1.00099e-5}
     assert {e: rates[e][0] for e in recorded} == pytest.approx(recorded, rel=1e-5)
+    assert cfg.discriminator._target_.endswith("DINODiscriminator") and cfg.discriminator.norm == "bn"
+    augment = cfg.discriminator_augment
+    assert (augment.probability, augment.cutout, augment.blur_fade) == (1.0, 0.2, 0.0)
+    assert cfg.perceptual._target_.endswith("LPIPS") and cfg.load_discriminator and stage.gradient_clip is None
+    assert cfg.callbacks.ema.decay == 0.9999
     assert (cfg.sampling.temperature, cfg.sampling.guidance_scale, cfg.sampling.guidance_power) == (1.02, 6.0, 1.15)
 
 

@@ -54,7 +54,7 @@ class Tiling:
     def plan(cls, count: int, size: int, chunk_size: int, device: torch.device) -> "Tiling":
         """Tiles for `count` latents and `size` codes; on a CPU of at most `chunk_size` codes, elsewhere of all."""
         budget = _BLOCK_SCORES.get(device.type, _BLOCK_SCORES_ACCELERATOR)
-        rows = min(count, max(_LEAST_ROWS, budget // size))
+        rows = max(1, min(count, max(_LEAST_ROWS, budget // size)))
         if device.type == "cpu":
             return cls(count, size, rows, min(chunk_size, size, max(_LEAST_CODES, _TILE_SCORES // rows)))
         return cls(count, size, rows, size)
@@ -112,7 +112,7 @@ def index_backpropagation(
     most 128 x K or, on a CPU, 2^19 numbers (elsewhere 2^25), whichever is more. Never N x K.
 
     Args:
-        x: (N, D) float32 or float64.
+        x: (N, D) float32 or float64; N = 0 gives entropies of 0.
         codes: (K, D), dtype of x.
         chunk_size: codes per tile.
         temperature: t > 0 of the entropy terms; None leaves them out.
@@ -214,14 +214,15 @@ class _IndexBackpropagation(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         found = _sweep(x, codes, tiling, temperature, differentiate)
         sample = batch = None
-        weight = 1.0 / len(x)  # of one row in the mean assignment, as the way back sees it
+        weight = 1.0 / max(len(x), 1)  # of one row in the mean assignment, as the way back sees it
         if temperature is not None:
-            sample = found.entropies.mean()
+            sample = found.entropies.sum() / max(len(x), 1)
             if everywhere:
                 # weighted by rows, so that uneven shares of a joint batch give the joint batch's mean
                 total = all_reduce_sum(torch.cat([found.mean * len(x), found.mean.new_tensor([float(len(x))])]))
-                found.mean = total[:-1] / total[-1]
-                weight = world_size() / total[-1]
+                count = total[-1].clamp_min(1)
+                found.mean = total[:-1] / count
+                weight = world_size() / count
             batch = torch.dot(found.mean, (found.mean + ENTROPY_EPS).log())
         ctx.tiling, ctx.temperature, ctx.weight = tiling, temperature, weight
         if differentiate:
@@ -277,7 +278,7 @@ def _backpropagate(
         zero = x.new_zeros(())
         scale = 1 / ctx.temperature
         # of p (ln p + h) and of p (u - U)
-        of_sample = (zero if grad_sample is None else grad_sample) * (-scale / len(x))
+        of_sample = (zero if grad_sample is None else grad_sample) * (-scale / max(len(x), 1))
         of_batch = (zero if grad_batch is None else grad_batch) * (scale * ctx.weight)
         pull = ((mean + ENTROPY_EPS).log() + mean / (mean + ENTROPY_EPS)).mul_(of_batch)
     scratch, floor = x.new_empty((2 if attention else 1) * tiling.rows * tiling.codes), _floor(x.dtype)

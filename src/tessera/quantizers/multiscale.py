@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tessera.errors import ConfigError
 from tessera.quantizers.codebooks.base import Codebook
-from tessera.quantizers.output import QuantizerOutput
+from tessera.quantizers.output import CodebookOutput, QuantizerOutput
 from tessera.quantizers.phi import PhiConvs
 from tessera.quantizers.resize import enlarge
 from tessera.quantizers.structure import Edit, Grid, ScaleTokens, Structure, as_grid
@@ -40,6 +40,21 @@ def masked_mse(x: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
         return F.mse_loss(x, y)
     per_image = (x - y).square().flatten(1).mean(1)
     return (per_image * keep).sum() / keep.sum().clamp_min(1)
+
+
+def quantized(codebook: Codebook, points: Tensor, keep: Tensor | None) -> CodebookOutput:
+    """A codebook's own result on points (B n, D), without gradients and losses of images that `keep` (B,) bool lacks.
+
+    Their vectors are not part of any sum, but what follows at finer scales needs their values.
+    """
+    if keep is None:
+        return codebook(points)
+    kept = keep.repeat_interleave(len(points) // len(keep))
+    out = codebook(points[kept])
+    indices = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    indices[kept], indices[~kept] = out.indices, codebook.assign(points[~kept])
+    vectors = codebook.lookup(indices).detach().index_put((kept,), out.vectors)
+    return CodebookOutput(vectors, indices, points, out.losses)
 
 
 class MultiScaleQuantizer(Structure):
@@ -124,6 +139,10 @@ class MultiScaleQuantizer(Structure):
     def grids(self) -> list[Grid]:
         return self._grids
 
+    @property
+    def num_scales(self) -> int:
+        return len(self._grids)
+
     def bind_grid(self, grid: Grid) -> None:
         grid = as_grid(grid, "grid")
         if grid != self.grids[-1]:
@@ -166,8 +185,17 @@ class MultiScaleQuantizer(Structure):
         points = self.codebooks[0].project(rows_of(z))
         return points.view(z.shape[0], *grid, self.dim).permute(0, 3, 1, 2)
 
-    def _walk(self, latent: Tensor, differentiable: bool = False, edit: Edit | None = None) -> Iterator[_Step]:
-        """Quantise scale by scale; each residual has the gradient of `latent`, and no other."""
+    def _walk(
+        self,
+        latent: Tensor,
+        differentiable: bool = False,
+        edit: Edit | None = None,
+        depths: Tensor | None = None,
+    ) -> Iterator[_Step]:
+        """Quantise scale by scale; each residual has the gradient of `latent`, and no other.
+
+        Where the codebook makes gradients and losses itself, it makes none of the scales from `depths` (B,) on.
+        """
         assigners = [codebook.assigner() for codebook in self.codebooks]
         batch, residual, sites = latent.shape[0], latent, self._sites()
         for scale in range(len(self.grids)):
@@ -176,7 +204,7 @@ class MultiScaleQuantizer(Structure):
             use = differentiable and (codebook.carries_gradient or self.penalties_at == "scale")
             points = rows_of(self._shrunk(residual if use else residual.detach(), scale)) / self.gain**scale
             if differentiable and codebook.carries_gradient:
-                out = codebook(points)
+                out = quantized(codebook, points, None if depths is None else depths > scale)
                 step = _Step(scale, residual, points, out.indices.view(batch, -1), codebook, losses=out.losses)
                 vectors = out.vectors
             else:
@@ -197,7 +225,7 @@ class MultiScaleQuantizer(Structure):
             latent = self._project(z)
             total, tokens, terms, seen = torch.zeros_like(latent), [], [], []
             own_gradient = self.codebooks[0].carries_gradient
-            for step in self._walk(latent, differentiable=True):
+            for step in self._walk(latent, differentiable=True, depths=depths):
                 keep = None if depths is None else depths > step.scale
                 total = total + (step.update if keep is None else step.update * keep[:, None, None, None])
                 tokens.append(step.tokens)
@@ -339,6 +367,10 @@ class ResidualQuantizer(MultiScaleQuantizer):
                 "the quantizer's grid is not known; build it into a Tokenizer or set quantizer.branch.grid"
             )
         return self._grids
+
+    @property
+    def num_scales(self) -> int:
+        return self.depth
 
     def bind_grid(self, grid: Grid) -> None:
         grid = as_grid(grid, "grid")

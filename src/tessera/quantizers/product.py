@@ -26,7 +26,7 @@ class ProductQuantizer(nn.Module):
             for all branches.
 
     Raises:
-        ConfigError: P below 1 or not dividing dim; dropout values out of range.
+        ConfigError: P below 1 or not dividing dim; dropout values out of range, or without scales to drop.
 
     Source: XQ-GAN (arXiv:2412.01762), product quantisation; channels are split here for every backbone, while
         the public code cuts the height axis of CNN features.
@@ -56,6 +56,8 @@ class ProductQuantizer(nn.Module):
         each = None if dim is None else dim // branches
         self.branches = nn.ModuleList([branch(dim=each) for _ in range(branches)])
         self.dim = sum(branch.dim for branch in self.branches)
+        if dropout > 0:
+            self._check_dropout()
 
     @property
     def num_branches(self) -> int:
@@ -86,14 +88,23 @@ class ProductQuantizer(nn.Module):
         """Tell every branch the latent grid (h, w).
 
         Raises:
-            ConfigError: it contradicts a configured grid, or dropout_start exceeds the number of scales.
+            ConfigError: it contradicts a configured grid.
         """
         for branch in self.branches:
             branch.bind_grid(grid)
-        if self.dropout > 0 and self.dropout_start > len(self.grids):
+
+    def _check_dropout(self) -> None:
+        """Refuse dropout that could never drop anything."""
+        scales = self.branches[0].num_scales
+        if scales == 1:
             raise ConfigError(
-                f"quantizer.dropout_start={self.dropout_start} exceeds the {len(self.grids)} scales "
-                "(quantizer.branch.grids); lower it, or set quantizer.dropout=0"
+                f"quantizer.dropout={self.dropout} drops scales, but this quantizer has a single one; set it to 0, or "
+                "choose quantizer=multiscale or quantizer=residual with more than one"
+            )
+        if self.dropout_start >= scales:
+            raise ConfigError(
+                f"quantizer.dropout_start={self.dropout_start} scales are always kept, and there are but {scales}: "
+                "nothing is left to drop; lower it, or set quantizer.dropout=0"
             )
 
     def _split(self, z: Tensor) -> tuple[Tensor, ...]:

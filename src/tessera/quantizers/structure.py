@@ -70,6 +70,11 @@ class Structure(nn.Module, ABC):
     def grids(self) -> list[Grid]:
         """One (height, width) per scale, coarse to fine; the last is the latent's."""
 
+    @property
+    @abstractmethod
+    def num_scales(self) -> int:
+        """Number of grids, known before they are."""
+
     @abstractmethod
     def bind_grid(self, grid: Grid) -> None:
         """Tell the structure the latent grid; refuses one that contradicts its own."""
@@ -151,6 +156,10 @@ class SingleGridQuantizer(Structure):
                 "the quantizer's grid is not known; build it into a Tokenizer or set quantizer.branch.grid"
             )
         return [self._grid]
+
+    @property
+    def num_scales(self) -> int:
+        return 1
 
     def bind_grid(self, grid: Grid) -> None:
         grid = as_grid(grid, "grid")

@@ -16,7 +16,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """Our module with the weights of a published one, loaded strictly.
 
     Args:
-        family: "ibq", "maskgit_vqgan", "titok", "var" or "xqgan".
+        family: "ibq", "maskgit_vqgan", "robustok", "titok", "var" or "xqgan".
         config: published hyper-parameters; see the family's module.
         state_dict: published state dict or checkpoint.
 
@@ -27,6 +27,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     families = {
         "ibq": ibq.from_public,
         "maskgit_vqgan": maskgit.from_public,
+        "robustok": xqgan.from_public,  # its tokenizers are XQ-GAN's
         "titok": titok.from_public,
         "var": var.from_public,
         "xqgan": xqgan.from_public,

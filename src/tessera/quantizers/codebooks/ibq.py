@@ -17,6 +17,11 @@ _PREFIX = "quantizer.branch.codebook"
 _DIAGNOSED_ROWS = 64
 
 
+def _distance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference; 0 of no vectors at all, which quantizer dropout can leave of a batch."""
+    return F.mse_loss(x, y) if len(x) else (x - y).sum()
+
+
 class IBQCodebook(Codebook):
     """Index backpropagation quantisation: q = e_k, k = argmax_j z.e_j, straight-through on the one-hot choice.
 
@@ -141,9 +146,9 @@ class IBQCodebook(Codebook):
             over = self.entropy_over if self.training else "local"
             result = index_backpropagation(latents, embedding, self.chunk_size, temperature, over)
             losses = {
-                "joint": F.mse_loss(result.vectors, latents),
-                "commitment": F.mse_loss(latents, result.codes.detach()),
-                "codebook": F.mse_loss(result.codes, latents.detach()),
+                "joint": _distance(result.vectors, latents),
+                "commitment": _distance(latents, result.codes.detach()),
+                "codebook": _distance(result.codes, latents.detach()),
             }
             if self.use_entropy:
                 losses |= {"entropy_sample": result.sample_entropy, "entropy_batch": result.batch_entropy}
