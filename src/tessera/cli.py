@@ -197,7 +197,8 @@ def _no_choice(conf: Path) -> str | None:
     for name, _, choice in (text.lstrip("+").partition("=") for text in _overrides()):
         if choice in ("null", "") and (options := _options(conf, name)):
             other = f"{name}=none" if "none" in options else f"~{name}"
-            return f"{name}={choice} is no choice; leave the group out by {other}, or choose one: {_choices(conf, name)}"
+            advice = f"leave the group out by {other}, or choose one: {_choices(conf, name)}"
+            return f"{name}={choice} is no choice; {advice}"
     return None
 
 

@@ -26,10 +26,11 @@ class CodebookReport(FigureCallback):
     """Logs usage, perplexity, entropy and dead codes, and a histogram of the counts.
 
     Keys are `<prefix>/codebook/usage_branch0` and, with several scales, `<prefix>/codebook/usage_branch0_scale3`; a
-    branch whose scales have codebooks of their own has the latter only. Usage grows with the number of tokens seen, which is part of the
-    figure's protocol. A codebook that collapsed is warned about, with what to change. Codebooks that have `diagnostics`
-    (IBQ) are looked at in the first batch, and the means over it logged as `<prefix>/codebook/gradient_path_branch0`
-    and so on. Codebooks too large to be counted code by code (lookup-free ones of many bits) are left out.
+    branch whose scales have codebooks of their own has the latter only. Usage grows with the number of tokens seen,
+    which is part of the figure's protocol. A codebook that collapsed is warned about, with what to change. Codebooks
+    that have `diagnostics` (IBQ) are looked at in the first batch, and the means over it logged as
+    `<prefix>/codebook/gradient_path_branch0` and so on. Codebooks too large to be counted code by code (lookup-free
+    ones of many bits) are left out.
 
     Args:
         every_n_validations, prefix: see `FigureCallback`.
