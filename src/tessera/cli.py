@@ -148,6 +148,8 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
         return _missing_config(error, conf)
     if isinstance(error, ConfigCompositionException):
         return _composition(error, conf, config_name)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return _no_choice(conf)
     return None
 
 
@@ -190,6 +192,16 @@ def _missing_config(error: MissingConfigException, conf: Path) -> str:
     return f"{group}={choice} does not exist; {suggestion(choice, options)}available: {', '.join(options)}"
 
 
+def _no_choice(conf: Path) -> str | None:
+    """For `group=null`, which Hydra can't read on the command line."""
+    for name, _, choice in (text.lstrip("+").partition("=") for text in _overrides()):
+        if choice in ("null", "") and (options := _options(conf, name)):
+            other = f"{name}=none" if "none" in options else f"~{name}"
+            advice = f"leave the group out by {other}, or choose one: {_choices(conf, name)}"
+            return f"{name}={choice} is no choice; {advice}"
+    return None
+
+
 def _composition(error: ConfigCompositionException, conf: Path, config_name: str) -> str:
     text = str(error)
     match = re.search(r"(Could not|You must specify)[^']*'([^']+)'", text)
@@ -211,6 +223,8 @@ def _composition(error: ConfigCompositionException, conf: Path, config_name: str
     if group not in cfg and _options(conf, group):
         return f"'{key}' can't be set, as no {group} is chosen; choose one first: {_choices(conf, group)}"
     hint = suggestion(key, _dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
+    if not hint and any("_target_" in node for node in _parents(cfg, key)):
+        hint = f"if it is an argument that no file of conf/ gives, add it by +{key}=...; all given ones: --cfg job"
     return f"unknown config key '{key}'; {hint or 'see --cfg job for all keys'}".rstrip()
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from figure_setup import TinyData, TinyStage, validate
+from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
-from tessera.callbacks import CodebookCollapse, CodebookReport
+from tessera.callbacks import CodebookCollapse, CodebookReport, PerturbedFID
 from tessera.callbacks.codebook_collapse import MAX_COUNTERS, CollapseWatch, reachable_codes, remedies
 from tessera.errors import ConfigError
-from tessera.quantizers import IBQCodebook, ProductQuantizer, SingleGridQuantizer, VQCodebook
+from tessera.quantizers import IBQCodebook, LFQCodebook, ProductQuantizer, SingleGridQuantizer, VQCodebook
 
 LOGGER = "tessera.callbacks.codebook_collapse"
 
@@ -23,6 +23,12 @@ def quantizer(branches: int = 1) -> ProductQuantizer:
     codebook = partial(VQCodebook, codebook_size=64)
     made = ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches, 4 * branches)
     made.bind_grid((2, 2))
+    return made
+
+
+def lookup_free(bits: int) -> ProductQuantizer:
+    made = ProductQuantizer(partial(SingleGridQuantizer, codebook=partial(LFQCodebook, bits=bits)), 1, None)
+    made.bind_grid((4, 4))
     return made
 
 
@@ -97,6 +103,16 @@ def test_refuses_impossible_thresholds(change):
         CodebookReport(**change)
     with pytest.raises(ConfigError, match="every_steps=0"):
         CodebookCollapse(every_steps=0)
+
+
+def test_report_leaves_out_codebooks_too_large_to_count(caplog):
+    stage, report = TinyStage(), CodebookReport()
+    stage.tokenizer.quantizer = lookup_free(bits=40)
+    stage.tokenizer.quant_conv = nn.Conv2d(8, 40, 1)
+    stage.tokenizer.post_quant_conv = nn.Conv2d(40, 8, 1)
+    with caplog.at_level(logging.INFO, logger="tessera.callbacks.codebook_report"):
+        validate([report, PerturbedFID(TinyFeatures(), alphas=[0.5])], stage)
+    assert report.figures == [] and "1099511627776 codes are too large" in caplog.text
 
 
 def collapsed_stage(branches: int = 2) -> TinyStage:

@@ -62,6 +62,15 @@ def test_branches_and_scales_are_counted_apart():
     assert "usage_branch0_scale0" not in codebook_figures(CodebookUsage(4, 2).counts)
 
 
+def test_codes_of_separate_codebooks_are_not_added_up():
+    counts = torch.tensor([[[2, 0, 0, 0], [0, 3, 1, 0]]])
+    figures = codebook_figures(counts, shared=False)
+    assert figures["usage_branch0_scale1"] == 0.5
+    assert not any(name.endswith("_branch0") for name in figures)
+    # one scale is one codebook
+    assert codebook_figures(counts[:, :1], shared=False)["usage_branch0"] == 0.25
+
+
 def test_extremes():
     assert float(entropy(torch.zeros(5, dtype=torch.int64))) == 0
     assert float(perplexity(torch.full((16,), 7))) == pytest.approx(16)

@@ -110,7 +110,7 @@ def test_trained_parts_are_checked():
     ("changes", "message"),
     [
         ({"tokenizer": tokenizer}, "not CNNDecoder; choose backbone=titok_two_stage"),
-        ({"teacher": partial(teacher, 21)}, r"21 codes; set backbone\.decoder\.proxy_codebook_size=20"),
+        ({"teacher": partial(teacher, 21)}, r"21 codes, but backbone\.decoder\.proxy_codebook_size=20"),
         ({"teacher": partial(teacher, resolution=32)}, r"codes of images of 32 pixels"),
         ({"teacher": partial(teacher, channel_multipliers=(1, 2))}, r"predicts 4 x 4 for 16"),
         ({"teacher": partial(teacher, num_res_blocks=2)}, "another architecture"),

@@ -32,6 +32,15 @@ def test_one_training_step_is_one_global_step(tmp_path, name):
     assert batches == [*warmup, 1, 2, 3, 4, 5, 6]
 
 
+def test_steps_of_the_discriminator_alone_have_draws_of_their_own(tmp_path):
+    stage, steps = post_training_stage(), []
+    judge = stage.judge
+    stage.judge = lambda images, rng: steps.append(rng.step) or judge(images, rng)
+    trainer(tmp_path, 2).fit(stage, data("pairs", tmp_path))
+    # real and generated images in each of two steps alone; then once more for the generator
+    assert steps == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
 def test_accumulation_counts_windows_and_matches_the_joint_batch(tmp_path):
     settings = {"discriminator": None, "perturbation": None, "gradient_clip": None}
     small = tokenizer_stage(accumulate_grad_batches=4, **settings)

@@ -16,12 +16,14 @@ from tessera.rng import IndexedRng
 
 ALPHAS = (0.9, 0.8, 0.7, 0.6, 0.5)
 BASE_DELTAS, BASE_CODEBOOK_SIZE = (200, 280, 360), 16384
+# Of codebooks beyond 2^18 codes, whose neighbours would fill the memory
+LARGEST_DELTA = 8192
 # the published rows; K = 1024 is rounded down from 12.5, 17.5, 22.5
 PUBLISHED_DELTAS = {16384: (200, 280, 360), 8192: (100, 140, 180), 4096: (50, 70, 90), 1024: (10, 15, 20)}
 
 
 def scaled_deltas(codebook_size: int) -> tuple[int, ...]:
-    """Neighbour counts for a codebook: proportional to its size, at least 2, at most K; published rows as
+    """Neighbour counts for a codebook: proportional to its size, at least 2, at most K and 8192; published rows as
     printed.
 
     Source: arXiv:2503.08354, table of pFID settings.
@@ -29,7 +31,7 @@ def scaled_deltas(codebook_size: int) -> tuple[int, ...]:
     if codebook_size in PUBLISHED_DELTAS:
         return PUBLISHED_DELTAS[codebook_size]
     scaled = (round(base * codebook_size / BASE_CODEBOOK_SIZE) for base in BASE_DELTAS)
-    return tuple(min(max(delta, 2), codebook_size) for delta in scaled)
+    return tuple(min(max(delta, 2), codebook_size, LARGEST_DELTA) for delta in scaled)
 
 
 def site_draws(seed: int, index: Tensor, branches: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ class StyleGANDiscriminator(nn.Module):
                 f"discriminator.channels has no width of at least 1 for side {missing[0]}; give one per side "
                 f"{sides}, or raise discriminator.capacity"
             )
-        self.resolution = self.min_size = resolution
+        self.resolution = resolution
         self.blocks = nn.Sequential(
             nn.Conv2d(in_channels, width[resolution], 3, padding=1),
             nn.LeakyReLU(SLOPE),

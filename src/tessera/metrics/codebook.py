@@ -96,18 +96,23 @@ class CodebookUsage(SumMetric):
         return self.counts
 
 
-def codebook_figures(counts: Tensor) -> dict[str, float]:
+def codebook_figures(counts: Tensor, shared: bool = True) -> dict[str, float]:
     """Named figures from (P, S, K) counts.
 
+    Args:
+        counts: of each code per branch and scale.
+        shared: the scales of a branch have one codebook. False: each has its own, so that counts of equal numbers are
+            of different codes.
+
     Returns:
-        usage, entropy_bits, entropy_nats, perplexity and dead_codes for each branch (`usage_branch0`, its
-        scales
-        summed: they share a codebook) and, where there are several, each scale (`usage_branch0_scale2`).
+        usage, entropy_bits, entropy_nats, perplexity and dead_codes for each codebook of a branch (`usage_branch0`,
+        its scales summed where they share it) and, where there are several scales, each of them
+        (`usage_branch0_scale2`).
     """
     figures: dict[str, float] = {}
     counts = counts.view(1, 1, 1) if counts.ndim == 0 else counts  # torchmetrics squeezes single elements
     for branch, per_scale in enumerate(counts):
-        rows = {f"branch{branch}": per_scale.sum(0)}
+        rows = {f"branch{branch}": per_scale.sum(0)} if shared or len(per_scale) == 1 else {}
         if len(per_scale) > 1:
             rows |= {f"branch{branch}_scale{scale}": row for scale, row in enumerate(per_scale)}
         for name, row in rows.items():

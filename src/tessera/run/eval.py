@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,9 +26,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Measure the figures in `cfg.callbacks` on a checkpoint, or what `cfg.task` measures instead.
 
     Args:
-        cfg: composed from conf/eval.yaml. `ckpt` is a tokenizer's or a generator's; `data` and `metrics` default to
-            those it was trained with; `tokenizer_ckpt` decodes a generator's tokens (default: the tokenizer it was
-            trained with).
+        cfg: composed from conf/eval.yaml. `ckpt` is a tokenizer's or a generator's, or an exported tokenizer's folder;
+            `data` and `metrics` default to those it was trained with, which an export doesn't know; `tokenizer_ckpt`
+            decodes a generator's tokens (default: the tokenizer it was trained with).
 
     Returns:
         What `results.json` in the run folder holds.
@@ -73,14 +74,30 @@ def probe(cfg: DictConfig, task: LinearProbing) -> list[Figure]:
     Raises:
         ConfigError: the checkpoint is a generator's.
     """
-    if "generator" in read_checkpoint(cfg.ckpt)["tessera"]["architecture"]:
+    if holds_generator(cfg.ckpt):
         raise ConfigError(f"task=linear_probe needs a tokenizer's checkpoint; ckpt={cfg.ckpt} is a generator's")
     tokenizer = load_tokenizer(cfg.ckpt, cfg.weights)
     return task.run(tokenizer, make(cfg.data)(serve="images"), build_trainer(cfg, []), cfg.seed)
 
 
+def holds_generator(path: str) -> bool:
+    """Whether a checkpoint is a generator's; an exported folder is taken for a tokenizer's."""
+    return not Path(path).is_dir() and "generator" in read_checkpoint(path)["tessera"]["architecture"]
+
+
 def adopt_training_config(cfg: DictConfig) -> None:
-    """Fill `data`, `metrics` and a generator's `sampling` from the checkpoint where the evaluation leaves them open."""
+    """Fill `data`, `metrics` and a generator's `sampling` from the checkpoint where the evaluation leaves them open.
+
+    Raises:
+        ConfigError: an exported folder, which doesn't say what it was trained on, and no choice of data and metrics.
+    """
+    if Path(cfg.ckpt).is_dir():
+        if open_ones := [key for key in ("data", "metrics") if cfg.get(key) is None]:
+            raise ConfigError(
+                f"ckpt={cfg.ckpt} is an exported model, which doesn't name what it was trained on; set "
+                f"{' and '.join(f'{key}=...' for key in open_ones)}"
+            )
+        return
     trained = read_checkpoint(cfg.ckpt)["tessera"]["config"]
     for key in ("data", "metrics", "sampling"):
         if cfg.get(key) is None and trained.get(key) is not None:
@@ -91,7 +108,7 @@ def adopt_training_config(cfg: DictConfig) -> None:
 
 def build_evaluation(cfg: DictConfig) -> Evaluation:
     """The models of an evaluation: a tokenizer alone, or a generator with a tokenizer of the same token space."""
-    if "generator" not in read_checkpoint(cfg.ckpt)["tessera"]["architecture"]:
+    if not holds_generator(cfg.ckpt):
         return Evaluation(load_tokenizer(cfg.ckpt, cfg.weights), seed=cfg.seed)
     generator = load_generator(cfg.ckpt, cfg.weights)
     tokenizer = load_tokenizer(cfg.tokenizer_ckpt)

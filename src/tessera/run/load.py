@@ -11,6 +11,7 @@ from tessera.backbones.tuning import LoRA, merge, tune
 from tessera.callbacks.ema import ema_weights
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run.build import make, read_checkpoint
+from tessera.tokenizers import Tokenizer
 from tessera.zoo.export import from_pretrained, given_weights
 from tessera.zoo.keys import load_strictly
 
@@ -62,6 +63,8 @@ def load_tokenizer(
     """
     if Path(path).is_dir():
         tokenizer = from_pretrained(path)
+        if not isinstance(tokenizer, Tokenizer):
+            raise CheckpointError(f"{path} holds a {type(tokenizer).__name__}, no tokenizer")
     else:
         tokenizer = _module(read_checkpoint(path), "tokenizer", weights, path)
     for part, mode in (("encoder", encoder_tuning), ("decoder", decoder_tuning)):

@@ -42,11 +42,11 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     sampling = make(cfg.sampling)
     images = make(cfg.data.dataset)(split="train")
     source = tokens_of_pairs(Path(cfg.paths.tokens), images, tokenizer, generator, sampling, **plain(cfg.pairs))
+    stage = make(cfg.stage)(tokenizer=tokenizer)  # refuses what it can't train before anything is measured
     measure = Measurement(cfg, run / "samples.safetensors", generator, sampling)
     before = measure(tokenizer, "before")
     if "gfid" in (cfg.callbacks or {}):
         OmegaConf.update(cfg, "callbacks.gfid.tokens", str(measure.samples), force_add=True)
-    stage = make(cfg.stage)(tokenizer=tokenizer)
     if cfg.load_discriminator and load_discriminator(stage, cfg.tokenizer.path):
         stage.discriminator_warmup_steps = 0  # it knows real images already
     datamodule = make(cfg.data)(serve="pairs", token_cache=source.folder, expected_fingerprint=tokenizer.fingerprint())

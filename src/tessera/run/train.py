@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from tessera.errors import ConfigError
 from tessera.run.build import make, plain, prepare
 from tessera.run.fit import fit
 from tessera.run.strict import check_config
@@ -29,11 +31,28 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def train_tokenizer(cfg: DictConfig, run: Path) -> dict[str, Any]:
     """Main-training of a new tokenizer, or of one that `tokenizer.path` gives (fine-tuning)."""
+    _refuse_ignored_parts(cfg)
     tokenizer = make(cfg.tokenizer)
     architecture = {"tokenizer": getattr(tokenizer, "architecture", None) or plain(cfg.tokenizer)}
     tokenizer.train()  # a loaded one is in eval mode, and Lightning leaves modes as they are
     stage = make(cfg.stage)(tokenizer=tokenizer)
     return fit(cfg, run, stage, make(cfg.data)(), architecture)
+
+
+def _refuse_ignored_parts(cfg: DictConfig) -> None:
+    """A trained tokenizer keeps its parts: choices of others on the command line would change nothing.
+
+    Raises:
+        ConfigError: names the first such choice.
+    """
+    if "path" not in cfg.tokenizer or not HydraConfig.initialized():
+        return
+    for choice in HydraConfig.get().overrides.task:
+        if choice.split("=")[0].lstrip("+").split("/")[0].split(".")[0] in ("backbone", "quantizer"):
+            raise ConfigError(
+                f"{choice} has no effect, as tokenizer.path={cfg.tokenizer.path} has its own backbone and quantizer; "
+                "leave it out, or train a new one with tokenizer=default"
+            )
 
 
 def train_generator(cfg: DictConfig, run: Path) -> dict[str, Any]:

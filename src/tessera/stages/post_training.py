@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tessera.errors import CheckpointError, ConfigError, DataError
 from tessera.frozen import Unregistered
+from tessera.rng import IndexedRng
 from tessera.stages.base import check_tokens
 from tessera.stages.reconstruction import ReconstructionStage
 
@@ -78,6 +79,10 @@ class DecoderPostTraining(ReconstructionStage):
             part.eval()
         return self
 
+    def sample_rng(self, batch: dict[str, Tensor]) -> IndexedRng:
+        """As in any stage; steps of the discriminator alone, which are no global ones, have draws of their own."""
+        return IndexedRng(self.seed, batch["index"], step=self.trainer.global_step + self.warmup_done)
+
     def decoded_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """The tokens (B, P, L) that this batch trains the decoder on."""
         tokens = batch["tokens"]
@@ -94,7 +99,7 @@ class DecoderPostTraining(ReconstructionStage):
         return tokens
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        images = batch["image"]
+        images, rng = batch["image"], self.sample_rng(batch)
         with torch.no_grad():
             z_q = self.tokenizer.quantizer.decode(self.decoded_tokens(batch))
         step = self.open_window()
@@ -102,14 +107,14 @@ class DecoderPostTraining(ReconstructionStage):
         if self.warmup_done < self.discriminator_warmup_steps:
             with torch.no_grad():
                 reconstruction = self.tokenizer.decode(z_q)
-            self.discriminator_step(reconstruction, images, step, self.sample_rng(batch))
+            self.discriminator_step(reconstruction, images, step, rng)
             self.warmup_done += int(step)
             return
         reconstruction = self.tokenizer.decode(z_q)
         adversarial = self.discriminator is not None
-        self.generator_step(reconstruction, images, {}, adversarial, step, self.sample_rng(batch))
+        self.generator_step(reconstruction, images, {}, adversarial, step, rng)
         if adversarial:
-            self.discriminator_step(reconstruction, images, step, self.sample_rng(batch))
+            self.discriminator_step(reconstruction, images, step, rng)
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         if self.trainer.training:

@@ -143,8 +143,8 @@ def _check_teacher(teacher: Tokenizer, tokenizer: Tokenizer, decoder: TiTokProxy
         )
     if quantizer.codebook_size != proxies:
         raise ConfigError(
-            f"stage.teacher has {quantizer.codebook_size} codes; set backbone.decoder.proxy_codebook_size={proxies} to "
-            "it"
+            f"stage.teacher has {quantizer.codebook_size} codes, but backbone.decoder.proxy_codebook_size={proxies}; "
+            "set it to the teacher's"
         )
     ours = {key: value.shape for key, value in decoder.pixel_decoder.state_dict().items()}
     theirs = {key: value.shape for key, value in teacher.decoder.state_dict().items()}

@@ -87,6 +87,11 @@ class ReconstructionStage(Stage):
         decayed_names(tokenizer, decay_rule)  # refuses an unknown rule
         self.augment = discriminator_augment
         self.lecam = (lecam or LeCam()) if discriminator is not None else None
+        if getattr(discriminator, "resolution", tokenizer.resolution) != tokenizer.resolution:
+            raise ConfigError(
+                f"discriminator.resolution={discriminator.resolution} is not that of the tokenizer's images; set it to "
+                f"data.dataset.resolution={tokenizer.resolution}"
+            )
         if discriminator is not None and tokenizer.resolution < getattr(discriminator, "min_size", 0):
             raise ConfigError(
                 f"data.dataset.resolution={tokenizer.resolution} is too small for the discriminator, which needs "
