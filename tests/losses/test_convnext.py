@@ -41,8 +41,8 @@ def published_discriminator(file):
 
 def published_perceptual(name, convnext):
     """The loss of a published name, e.g. "lpips-convnext_s-1.0-0.1"."""
-    if "lpips" not in name:
-        return convnext
+    if "lpips" not in name or "convnext_s" not in name:
+        return PooledDistance() if "lpips" in name else convnext
     first, second = (float(weight) for weight in name.split("-")[-2:])
     return PerceptualMean({"lpips": PooledDistance(), "convnext": convnext}, {"lpips": first, "convnext": second})
 
@@ -60,11 +60,22 @@ def test_published_perceptual_losses(case, tmp_path):
     with torch.no_grad():
         assert_close(convnext.logits(y), file.output["convnext_logits_image"], atol=2e-5, rtol=1e-4)
         assert_close(convnext(x, y).mean(), file.output["convnext_loss"], atol=2e-5, rtol=1e-4)
-        mean = published_perceptual(file.config["losses"]["single_vq"]["perceptual_loss"], convnext)
-        assert_close(mean(x, y).mean(), file.output["lpips_convnext_mix"].mean(), atol=2e-5, rtol=1e-4)
-        for key in part(file, f"{PREFIX}perceptual_loss.convnext."):
+        names = [options["perceptual_loss"] for options in file.config["losses"].values()]
+        weighted = next(name for name in names if "lpips" in name and "convnext_s" in name)
+        mean = published_perceptual(weighted, convnext)
+        recorded = file.output["lpips_convnext_mix"]
+        # the recorded one adds the batch's ConvNeXt term to every image's LPIPS
+        assert recorded.shape == (len(x), 1, 1, 1)
+        assert_close(mean(x, y).mean(), recorded.mean(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("shipped_files")
+def test_parity_sees_every_weight(tmp_path):
+    file = golden("titok_losses")
+    y, weights = signed(file.input["image"]), part(file, f"{PREFIX}perceptual_loss.convnext.")
+    with torch.no_grad():
+        for key in weights:
             if key.endswith("weight"):
-                weights = part(file, f"{PREFIX}perceptual_loss.convnext.")
                 other = published_convnext(file, tmp_path, {key: -1.5 * weights[key]})
                 assert not torch.allclose(other.logits(y), file.output["convnext_logits_image"], atol=1e-3), key
 

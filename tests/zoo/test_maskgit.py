@@ -82,7 +82,7 @@ def test_published_decoder(case):
         assert_close(ours[name], expected, atol=2e-5)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODE, DECODE])
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
     file = golden(case)
@@ -109,7 +109,7 @@ def test_parity_fails_when_a_weight_of_any_part_changes(case):
             assert not torch.allclose(result(weights), expected, atol=2e-5), key
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODE])
 def test_loading_is_strict(case):
     file = golden(case)

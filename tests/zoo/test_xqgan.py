@@ -137,7 +137,7 @@ def spoiled(file, key: str) -> dict[str, Tensor]:
     return {**file.weights, key: value * -1.5 + torch.linspace(-0.5, 0.5, value.numel()).view(value.shape)}
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", CASES)
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
     """The comparison sees every sub-module: one changed tensor spoils it."""
@@ -177,7 +177,7 @@ def test_published_adapters(case, tmp_path):
         assert_close(features(tokenizer), file.output["encoder_out_loraB_zero"])
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_lora"])
 def test_parity_of_adapters_fails_when_a_weight_changes(case):
     file = golden(case)
@@ -192,7 +192,7 @@ def test_parity_of_adapters_fails_when_a_weight_changes(case):
         assert not (same and torch.allclose(recon, file.output["recon"], atol=1e-5)), key
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_cnn_vq", "xqgan_vq"])
 def test_takes_averaged_weights_and_ignores_teachers(case):
     file = golden(case)
@@ -209,7 +209,7 @@ def test_takes_averaged_weights_and_ignores_teachers(case):
     assert all(matches(tokenizer, file).values())
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_cnn_vq", "xqgan_vq"])
 def test_loading_is_strict(case):
     file = golden(case)
@@ -225,7 +225,7 @@ def test_loading_is_strict(case):
     assert "quantizer.branches.0.codebooks.0.embedding is (" in message
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_msbr_p2"])
 def test_code_magnitudes_must_be_those_of_the_options(case):
     file = golden(case)
