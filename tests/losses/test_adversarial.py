@@ -19,6 +19,8 @@ def test_adversarial_losses(case):
     assert_close(AdversarialLoss("vanilla").discriminator(real, fake), data.output["vanilla_d"], atol=1e-6)
     assert_close(soft.generator(fake), data.output["correct_non_saturating_g"], atol=1e-6)
     assert_close(soft.discriminator(real, fake), data.output["correct_non_saturating_d"], atol=1e-6)
+    # weight 0 before the start, which is where ours does not run the discriminator, and the given one from there on
+    assert data.output["adopt_weight_before"] == 0 < data.output["adopt_weight_at"]
     # the public code swaps inputs and targets: ones as logits against the logits as targets, and zeros likewise
     swapped = 1 + math.log1p(math.exp(-1))
     assert_close(swapped - fake.mean(), data.output["public_non_saturating_g"], atol=1e-6)
