@@ -155,8 +155,7 @@ def test_published_adapters(case, tmp_path):
     image, lora = file.input["image"], file.config["lora"]
     branches = tokenizer.quantizer.num_branches
     layers = dict(adapters(tokenizer))
-    depth = file.config["tiny_backbone"]["depth"]
-    assert len(layers) == 2 * 2 * depth  # fc1 and fc2 of each block, encoder and decoder
+    assert len(layers) == sum(key.endswith("lora_A.default.weight") for key in file.weights) > 0
     assert all((layer.rank, layer.alpha) == (lora["r"], lora["lora_alpha"]) for layer in layers.values())
 
     def features(model):
