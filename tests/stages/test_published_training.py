@@ -120,7 +120,7 @@ def test_xqgan(case):
     file = golden(case)
     options, sizes, images, expected = (
         file.config["model"],
-        file.config["tiny_backbone"],
+        {**(file.config.get("tiny_cnn") or {}), **file.config["tiny_backbone"]},
         file.input["image"],
         file.output,
     )

@@ -34,10 +34,12 @@ def encoder_outputs(model: Tokenizer, file: Golden) -> dict[str, Tensor]:
         best = (rows @ model.quantizer.branches[0].codebooks[0].embedding.t()).topk(2, dim=1).values
     losses = out.losses
     joint = losses["joint"] + losses["commitment"] + config.get("beta", 0.25) * losses["codebook"]
-    sample, batch = losses["entropy_sample"], -losses["entropy_batch"]
-    entropy = (
-        config.get("sample_minimization_weight", 1.0) * sample - config.get("batch_maximization_weight", 1.0) * batch
-    )
+    entropies = {}
+    if config.get("use_entropy_loss", True):
+        sample, batch = losses["entropy_sample"], -losses["entropy_batch"]
+        weights = (config.get(f"{name}_weight", 1.0) for name in ("sample_minimization", "batch_maximization"))
+        entropy = next(weights) * sample - next(weights) * batch
+        entropies = {"sample_entropy": sample, "avg_entropy": batch, "entropy_loss": entropy}
     bhw = (len(z), *z.shape[2:])
     return {
         "encoder_out": features,
@@ -46,9 +48,7 @@ def encoder_outputs(model: Tokenizer, file: Golden) -> dict[str, Tensor]:
         "indices_bhw": out.indices.view(bhw),
         "z_q": out.vectors.view(*bhw, -1).permute(0, 3, 1, 2),
         "quant_loss": joint,
-        "sample_entropy": sample,
-        "avg_entropy": batch,
-        "entropy_loss": entropy,
+        **entropies,
         "min_top1_top2_logit_margin": (best[:, 0] - best[:, 1]).min(),
     }
 
