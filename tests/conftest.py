@@ -16,6 +16,12 @@ def _seeded_single_thread():
     yield
 
 
+@pytest.fixture
+def shipped_files(monkeypatch):
+    """Golden files of this repository whatever TESSERA_GOLDEN_DIR says: for tests of comparisons and of refusals."""
+    monkeypatch.delenv("TESSERA_GOLDEN_DIR", raising=False)
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests are skipped, with the reason shown, where there is no GPU."""
     if torch.cuda.is_available():

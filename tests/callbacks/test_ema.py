@@ -198,7 +198,8 @@ def named_parameters(values):
 def test_published_average_of_titok(case):
     file = golden(case)
     live, shadow = named_parameters(file.weights), named_parameters(file.weights)
-    live.frozen.requires_grad_(False)
+    if "frozen" in file.weights:
+        live.frozen.requires_grad_(False)
     decay = file.config["decay"]
     for step in range(file.config["steps"]):
         with torch.no_grad():
@@ -213,9 +214,8 @@ def test_published_average_of_titok(case):
     assert_close(torch.tensor(found), file.output["decay_at"], atol=1e-6)
 
 
-def published_step(part, number):
-    prefix = f"params_step{number}/"
-    return {name.removeprefix(prefix): value for name, value in part.items() if name.startswith(prefix)}
+def below(tensors, prefix):
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @pytest.mark.golden
@@ -223,10 +223,10 @@ def published_step(part, number):
 def test_published_average_of_ibq(case):
     """Shadows by step, and which weights the zoo takes out of such a checkpoint."""
     file = golden(case)
-    start = {name: value for name, value in published_step(file.input, 0).items() if "perceptual" not in name}
+    start = {name: value for name, value in below(file.input, "params_step0/").items() if "perceptual" not in name}
     live, shadow = named_parameters(start), named_parameters(start)
     for update in range(1, file.config["n_updates"] + 1):
-        weights = published_step(file.input, update)
+        weights = below(file.input, f"params_step{update}/")
         with torch.no_grad():
             for name, parameter in live.named_parameters():
                 parameter.copy_(weights[name])
@@ -235,15 +235,19 @@ def test_published_average_of_ibq(case):
         for name, parameter in shadow.named_parameters():
             expected = file.output[f"ema_step{update}/{name.replace('.', '')}"]
             assert_close(parameter.detach(), expected, atol=1e-6)
-        count = file.output[f"ema_step{update}/num_updates"].item()
+        recorded = below(file.output, f"ema_step{update}/")
+        assert set(recorded) == {name.replace(".", "") for name in start} | {"decay", "num_updates"}
+        assert_close(torch.tensor(file.config["decay"]), recorded["decay"], atol=1e-7)
+        count = recorded["num_updates"].item()
         assert count == (update if file.config["use_num_updates"] else -1)
-    checkpoint = {
-        name.removeprefix("checkpoint/"): v for name, v in file.output.items() if name.startswith("checkpoint/")
-    }
+    checkpoint = below(file.output, "checkpoint/")
+    last = {**weights, **{f"model_ema.{name}": value for name, value in recorded.items()}}
+    assert set(checkpoint) == set(last)
+    assert all(torch.equal(checkpoint[name], value) for name, value in last.items())
     for weights, stage in (("ema", "transformer_stage_ema/"), ("live", "transformer_stage_no_ema/")):
-        taken = ibq.public_weights(checkpoint, weights)
-        expected = {name.removeprefix(stage): v for name, v in file.output.items() if name.startswith(stage)}
+        taken, expected = ibq.public_weights(checkpoint, weights), below(file.output, stage)
         assert set(taken) == set(expected)
         assert all(torch.equal(value, expected[name]) for name, value in taken.items())
-    for name, parameter in shadow.named_parameters():
-        assert_close(parameter.detach(), file.output[f"copy_to/{name}"], atol=1e-6)
+    copied = {**last, **dict(shadow.named_parameters())}  # parameters without gradient have no shadow
+    for name, value in below(file.output, "copy_to/").items():
+        assert_close(copied[name].detach(), value, atol=1e-6)

@@ -27,11 +27,12 @@ def test_published_augmentation(case):
     file = golden(case)
     images, how = file.input["image"], file.input["rand01"].flatten(1)
     everything = (True, True, True)
-    augment = DiffAug(cutout=file.config["cutout"])
+    probability = abs(file.config["prob"])
+    augment = DiffAug(probability, cutout=file.config["cutout"])
     strengths = file.config["blur"]
     expected = {
         "all": (augment, 0.0, everything),
-        "all_negative_prob": (DiffAug(cutout=0.0), 0.0, everything),
+        "all_negative_prob": (DiffAug(probability, cutout=0.0), 0.0, everything),
         "translate_only": (augment, 0.0, (True, False, False)),
         "color_only": (augment, 0.0, (False, True, False)),
         "cutout_only": (augment, 0.0, (False, False, True)),

@@ -22,6 +22,12 @@ def test_published_logits(case):
     file = golden(case)
     with torch.no_grad():
         assert_close(published(file)(file.input["image"]), file.output["logits"])
+
+
+@pytest.mark.usefixtures("shipped_files")
+def test_parity_sees_every_weight():
+    file = golden("xqgan_disc_stylegan")
+    with torch.no_grad():
         for key in [key for key in file.weights if key.endswith("weight")]:
             changed = {**file.weights, key: -1.5 * file.weights[key]}
             assert not torch.allclose(published(file, changed)(file.input["image"]), file.output["logits"], atol=1e-4)

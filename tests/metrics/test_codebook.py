@@ -30,6 +30,15 @@ def test_figures_of_summed_counts(case):
         assert float(entropy(metric.counts, base=2)) == pytest.approx(float(out[f"rank{rank}/entropy_bits"]), abs=1e-5)
         merged.counts = merged.counts + metric.counts
     assert len(file.config["batches"]) == file.config["ranks"]
+    # LlamaGen looks at the last tokens of all batches, in a window that starts filled with code 0
+    window, used = torch.zeros(65536, dtype=torch.int64), []
+    for rank, batches in enumerate(file.config["batches"]):
+        for number in range(len(batches)):
+            tokens = file.input[f"rank{rank}_batch{number}"].flatten()
+            window = torch.cat([window, tokens])[-len(window) :]
+            used.append(float(usage(window.bincount(minlength=codes)[None, None])))
+    recorded = out["llamagen/window_usage_after_each_batch"]
+    torch.testing.assert_close(torch.tensor(used, dtype=torch.float64), recorded)
     counts = merged.counts
     assert torch.equal(counts[0, 0].double(), out["merged/counts"])
     figures = codebook_figures(counts)

@@ -276,7 +276,7 @@ def test_published_perturbation(case):
     assert torch.equal(clean.tokens.flatten(), file.output["clean_ids"])
     assert_close(clean.z_q, file.output["clean_zq"])
     assert_close(clean.losses["codebook"], file.output["vq_loss"])
-    assert_close(0.25 * clean.losses["commitment"], file.output["commit_loss"])
+    assert_close(file.config.get("beta", 0.25) * clean.losses["commitment"], file.output["commit_loss"])
 
     assert file.config["settings"]
     for i, setting in enumerate(file.config["settings"]):

@@ -72,7 +72,12 @@ def test_published_annealing(case):
             # at the corner itself the public ramp still shows its own end value
             on_ramp = start <= epoch <= end
             if on_ramp:
+                # the same share of the way, down from 1 by the end ratio
+                published = 1 - (epoch - start) / max(end - start, 1) * end_ratio
+                assert ratio == pytest.approx(published, abs=1e-12)
                 assert (1 - ours) * end_ratio == pytest.approx((1 - ratio) * (1 - end_ratio), abs=1e-12)
+            assert alpha == pytest.approx(config["alpha"] * ratio, abs=1e-12)
+            assert delta == int(ratio * config["delta"])
             if not on_ramp or end_ratio == 0.5:
                 assert ours == pytest.approx(ratio, abs=1e-12)
                 assert config["alpha"] * ours == pytest.approx(alpha, abs=1e-12)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from golden_cases import Golden, assert_close, golden
+from published_usage import PublishedUsage, assert_usage
 from tessera.quantizers import BSQCodebook, LFQCodebook, MultiScaleQuantizer, ProductQuantizer, VQCodebook
 from tessera.quantizers.multiscale import rows_of
 from tessera.quantizers.phi import phi_table
@@ -35,7 +36,7 @@ def build(config: dict) -> ProductQuantizer:
         codebook = partial(
             BSQCodebook if config["using_znorm"] else LFQCodebook,
             bits=config["Cvae"],
-            entropy="soft" if config["soft_entropy"] else "hard",
+            entropy="soft" if config.get("soft_entropy", True) else "hard",
         )
         assert 2 ** config["Cvae"] == config["codebook_size"]
     else:
@@ -70,7 +71,7 @@ def depths(file: Golden, step: str) -> Tensor | None:
         return None
     batch, scales = len(file.input["z_0"]), len(file.config["v_patch_nums"])
     kept = torch.full((batch,), scales)
-    dropped = int(batch * file.config["codebook_drop"])
+    dropped = int(batch * file.config.get("codebook_drop", 0.0))
     kept[:dropped] = file.input["dropout"][:dropped].clamp(max=scales)
     return kept
 
@@ -90,6 +91,13 @@ def compare_step(file: Golden, quantizer: ProductQuantizer, step: str, z: Tensor
     for name, parameter in wanted.items():
         grad = torch.zeros_like(parameter) if grads.get(name) is None else grads[name]
         assert_close(grad, file.output[f"s{step}_grad/{name}"], atol=1e-5, rtol=1e-4)
+
+
+def compare_usage(file: Golden, usage: PublishedUsage, step: str, tokens: Tensor) -> None:
+    grids = [(side, side) for side in file.config["v_patch_nums"]]
+    hits, used = usage.update(tokens, grids)
+    assert_close(hits, file.output[f"s{step}_ema_vocab_hit_SV"])
+    assert_usage(used, file.output[f"s{step}_usages"], hits, len(tokens) * grids[-1][0] ** 2)
 
 
 def compare_tokens(file: Golden, quantizer: ProductQuantizer) -> None:
@@ -126,6 +134,7 @@ def compare_tokens(file: Golden, quantizer: ProductQuantizer) -> None:
 def test_published_vector_quantizer(case):
     file = golden(case)
     quantizer, scales = load(file), len(file.config["v_patch_nums"])
+    usage = PublishedUsage(file.weights["ema_vocab_hit_SV"])
     for step in steps(file):
         z = file.input[f"z_{step}"].clone().requires_grad_()
         out = quantizer.branches[0](z, depths(file, step))
@@ -134,6 +143,8 @@ def test_published_vector_quantizer(case):
         commitment = out.losses["commitment"] * file.config["beta"] * scales
         assert_close(out.losses["codebook"], file.output[f"s{step}_vq_loss"])
         assert_close(commitment, file.output[f"s{step}_commit_loss"])
+        assert file.output[f"s{step}_entropy_loss"] == 0
+        compare_usage(file, usage, step, out.tokens[:, 0])
         total = (out.z_q * file.input["G"]).sum() + out.losses["codebook"] + commitment
         compare_step(file, quantizer, step, z, total)
     out = quantizer.eval()(file.input["z_0"])
@@ -156,8 +167,8 @@ def published_entropy(file: Golden, branch: MultiScaleQuantizer, out) -> Tensor:
         before = branch.decode(out.tokens[:, 0], kept.clamp(max=scale)).detach()
         mask = kept > scale
         residual = out.latent - before
-        gain = file.config["scale"] ** scale
-        if file.config["soft_entropy"]:
+        gain = file.config.get("scale", 1.0) ** scale
+        if file.config.get("soft_entropy", True):
             found = branch.codebooks[0].penalties(rows_of(residual[mask.long()]), None, gain)
         else:
             sites = branch.grids[-1][0] * branch.grids[-1][1]
@@ -173,8 +184,9 @@ def test_published_binary_quantizer(case):
     quantizer = load(file)
     branch = quantizer.branches[0]
     value = branch.codebooks[0].value
-    expected = torch.tensor([value * file.config["scale"] ** k for k in range(len(branch.grids))])
+    expected = torch.tensor([value * file.config.get("scale", 1.0) ** k for k in range(len(branch.grids))])
     assert_close(expected, file.weights["scaler"])
+    usage = PublishedUsage(file.weights["ema_vocab_hit_SV"])
     for step in steps(file):
         z = file.input[f"z_{step}"].clone().requires_grad_()
         out = branch(z, depths(file, step))
@@ -182,9 +194,10 @@ def test_published_binary_quantizer(case):
         commitment = out.losses["commitment"] * file.config["beta"]
         assert_close(out.losses["codebook"], file.output[f"s{step}_vq_loss"])
         assert_close(commitment, file.output[f"s{step}_commit_loss"])
+        compare_usage(file, usage, step, out.tokens[:, 0])
         entropy = published_entropy(file, branch, out)
         assert_close(entropy, file.output[f"s{step}_entropy_loss"])
-        if out.depths is None and not file.config["soft_entropy"]:
+        if out.depths is None and not file.config.get("soft_entropy", True):
             # nobody dropped: the published hard form is right, and ours as it comes
             ours = out.losses["entropy_sample"] + out.losses["entropy_batch"]
             assert_close(ours * file.config["entropy_weight"], file.output[f"s{step}_entropy_loss"])
@@ -201,7 +214,7 @@ def of_var(config: dict, branches: int, channels: int, codebook_size: int) -> Pr
         codebook=partial(VQCodebook, codebook_size=codebook_size, l2_normalize=False, search=search),
         grids=config["v_patch_nums"],
         phi_convs=config["share_quant_resi"],
-        phi_ratio=config["quant_resi"],
+        phi_ratio=abs(config["quant_resi"]),
     )
     return ProductQuantizer(branch, branches, branches * channels).eval()
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from golden_cases import assert_close, golden
+from published_usage import PublishedUsage, assert_usage
 from tessera.errors import ConfigError
 from tessera.quantizers import ProductQuantizer, SingleGridQuantizer, VQCodebook
 
@@ -147,8 +148,9 @@ def test_published_quantizer(case):
     )
     quantizer.load_state_dict({"branches.0.codebooks.0.embedding": file.weights["embedding.weight"]})
     embedding = quantizer.branches[0].codebooks[0].embedding
-    steps = [name.removeprefix("z_") for name in file.input if name.startswith("z_")]
+    steps = sorted(name.removeprefix("z_") for name in file.input if name.startswith("z_"))
     assert steps
+    usage = PublishedUsage(file.weights["ema_vocab_hit_SV"])
     for step in steps:
         z = file.input[f"z_{step}"].clone().requires_grad_()
         quantizer.bind_grid(z.shape[2:])
@@ -158,6 +160,10 @@ def test_published_quantizer(case):
         commitment_loss = file.config["beta"] * out.losses["commitment"]
         assert_close(codebook_loss, file.output[f"s{step}_vq_loss"])
         assert_close(commitment_loss, file.output[f"s{step}_commit_loss"])
+        assert file.output[f"s{step}_entropy_loss"] == 0
+        hits, used = usage.update(out.tokens[:, 0], [z.shape[2:]])
+        assert_close(hits, file.output[f"s{step}_ema_vocab_hit_SV"])
+        assert_usage(used, file.output[f"s{step}_usages"], hits, out.tokens.numel())
         total = (out.z_q * file.input["G"]).sum() + codebook_loss + commitment_loss
         grad_z, grad_embedding = torch.autograd.grad(total, (z, embedding))
         assert_close(grad_z, file.output[f"s{step}_grad_z"], atol=1e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from golden_cases import Golden, assert_close, golden
+from published_usage import PublishedUsage, assert_usage
 from tessera.losses import Alignment, Teacher, dependency_loss, pixel_loss
 from tessera.perturbation import NearestCodePerturbation
 from tessera.quantizers.multiscale import rows_of
@@ -69,7 +70,7 @@ def published_entropy(tokenizer: Tokenizer, out: QuantizerOutput, options: dict)
     The published soft form indexes the batch by its 0/1 mask of kept images as integers; the hard form divides its mean
     over kept images by their share once more.
     """
-    terms, soft = [], options["soft_entropy"]
+    terms, soft = [], options.get("soft_entropy", True)
     parts = out.latent.chunk(tokenizer.quantizer.num_branches, dim=1)
     sites = parts[0].shape[2] * parts[0].shape[3]
     for number, (branch, latent) in enumerate(zip(tokenizer.quantizer.branches, parts, strict=True)):
@@ -78,29 +79,22 @@ def published_entropy(tokenizer: Tokenizer, out: QuantizerOutput, options: dict)
             codebook.entropy, codebook.temperature = "hard", 0.01
         for scale in range(len(branch.grids)):
             before = branch.decode(out.tokens[:, number], out.depths.clamp(max=scale)).detach()
-            mask, gain = out.depths > scale, options["scale"] ** scale
+            mask, gain = out.depths > scale, options.get("scale", 1.0) ** scale
             seen = (latent - before)[mask.long()] if soft else latent - before
             found = codebook.penalties(rows_of(seen), None if soft else mask.repeat_interleave(sites), gain)
             terms.append((found["entropy_sample"] + found["entropy_batch"]) / mask.float().mean())
-    return torch.stack(terms).mean() * options["entropy_loss_ratio"]
+    return torch.stack(terms).mean() * options.get("entropy_loss_ratio", 0.0)
 
 
 def compare_usage(file: Golden, tokenizer: Tokenizer, tokens: Tensor) -> None:
-    """The published usage: only the first scale's hits are copied, a tenth of the others'; one threshold for all."""
-    grids, codes = tokenizer.quantizer.grids, tokenizer.quantizer.codebook_size
-    threshold = 0.08 * len(tokens) * grids[-1][0] * grids[-1][1] / codes
-    usages = []
+    grids = tokenizer.quantizer.grids
+    usages, sites = [], len(tokens) * grids[-1][0] * grids[-1][1]
     for branch in range(tokenizer.quantizer.num_branches):
         name = "quantize" if tokenizer.quantizer.num_branches == 1 else f"quantizes.{branch}"
-        old = file.weights[f"{name}.ema_vocab_hit_SV"].view(-1, codes)
-        rows = []
-        for scale, part in enumerate(tokens[:, branch].split([h * w for h, w in grids], dim=1)):
-            hits = part.flatten().bincount(minlength=codes).float()
-            rows.append(hits if scale == 0 else 0.9 * old[scale] + 0.1 * hits)
-        recorded = file.output[f"ema_vocab_hit_SV_b{branch}"]
-        assert_close(torch.stack(rows).view_as(recorded), recorded)
-        usages.append(torch.stack([100 * (row >= threshold).float().mean() for row in rows]))
-    assert_close(torch.stack(usages).mean(0), file.output["usages"], atol=1e-3)
+        hits, used = PublishedUsage(file.weights[f"{name}.ema_vocab_hit_SV"]).update(tokens[:, branch], grids)
+        assert_close(hits, file.output[f"ema_vocab_hit_SV_b{branch}"])
+        usages.append(used)
+    assert_usage(torch.stack(usages).mean(0), file.output["usages"], hits, sites)
 
 
 def compare_gradients(file: Golden, tokenizer: Tokenizer, total: Tensor) -> None:
@@ -126,13 +120,13 @@ def test_xqgan(case):
     file = golden(case)
     options, sizes, images, expected = (
         file.config["model"],
-        file.config["tiny_backbone"],
+        {**(file.config.get("tiny_cnn") or {}), **file.config["tiny_backbone"]},
         file.input["image"],
         file.output,
     )
     tokenizer = published({**options, **sizes}, file.weights)
     quantizer, batch = tokenizer.quantizer, len(images)
-    scales, dropped = len(quantizer.grids), int(batch * options["codebook_drop"])
+    scales, dropped = len(quantizer.grids), int(batch * options.get("codebook_drop", 0.0))
     kept = torch.full((batch,), scales)
     if scales > 1:
         kept[:dropped] = file.input["dropout"][:dropped].clamp(max=scales)

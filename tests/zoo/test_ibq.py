@@ -34,10 +34,12 @@ def encoder_outputs(model: Tokenizer, file: Golden) -> dict[str, Tensor]:
         best = (rows @ model.quantizer.branches[0].codebooks[0].embedding.t()).topk(2, dim=1).values
     losses = out.losses
     joint = losses["joint"] + losses["commitment"] + config.get("beta", 0.25) * losses["codebook"]
-    sample, batch = losses["entropy_sample"], -losses["entropy_batch"]
-    entropy = (
-        config.get("sample_minimization_weight", 1.0) * sample - config.get("batch_maximization_weight", 1.0) * batch
-    )
+    entropies = {}
+    if config.get("use_entropy_loss", True):
+        sample, batch = losses["entropy_sample"], -losses["entropy_batch"]
+        weights = (config.get(f"{name}_weight", 1.0) for name in ("sample_minimization", "batch_maximization"))
+        entropy = next(weights) * sample - next(weights) * batch
+        entropies = {"sample_entropy": sample, "avg_entropy": batch, "entropy_loss": entropy}
     bhw = (len(z), *z.shape[2:])
     return {
         "encoder_out": features,
@@ -46,9 +48,7 @@ def encoder_outputs(model: Tokenizer, file: Golden) -> dict[str, Tensor]:
         "indices_bhw": out.indices.view(bhw),
         "z_q": out.vectors.view(*bhw, -1).permute(0, 3, 1, 2),
         "quant_loss": joint,
-        "sample_entropy": sample,
-        "avg_entropy": batch,
-        "entropy_loss": entropy,
+        **entropies,
         "min_top1_top2_logit_margin": (best[:, 0] - best[:, 1]).min(),
     }
 
@@ -71,7 +71,7 @@ def test_published_tokenizer(case):
     assert_outputs(OUTPUTS[case](tokenizer(file), file), file)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODER])
 def test_the_tokenizer_does_the_same(case):
     """`tokenize` on a square part of the pictures."""
@@ -87,7 +87,7 @@ def test_the_tokenizer_does_the_same(case):
         assert_close(model.detokenize(tokens), model.reconstruct(images))
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODER, DECODER])
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
     file = golden(case)
@@ -112,7 +112,7 @@ def checkpoint(live: dict[str, Tensor], averaged: dict[str, Tensor]) -> dict[str
     return {"state_dict": {**live, **training, **shadows, **extra}, "epoch": 3}
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODER])
 def test_averaged_weights_are_taken_unless_told_otherwise(case):
     file, right = golden(case), weights()
@@ -137,7 +137,7 @@ def test_averaged_weights_are_taken_unless_told_otherwise(case):
         ibq.from_public(file.config, right, weights="raw")
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODER])
 def test_loading_is_strict(case):
     file, state = golden(case), weights()
@@ -147,7 +147,7 @@ def test_loading_is_strict(case):
     assert "missing encoder.mid.1.q.bias" in str(error.value) and "unexpected stray" in str(error.value)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODER])
 @pytest.mark.parametrize(
     ("change", "message"),

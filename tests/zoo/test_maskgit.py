@@ -36,8 +36,10 @@ def as_map(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def test_published_encoder(case):
     file = golden(case)
     tokenizer = published(file)
-    seen = []
-    tokenizer.encoder.levels[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    seen = {}
+    for number, level in enumerate(tokenizer.encoder.levels):
+        name = f"down{number}_output"
+        level.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
     codebook = tokenizer.quantizer.branches[0].codebooks[0]
     with torch.no_grad():
         # by parts, as a file's pictures need not be square
@@ -47,7 +49,7 @@ def test_published_encoder(case):
         soft = -(rows[:, None] - codebook.embedding).square().sum(-1) / file.config["soft_temp"]
     ours = {
         "hidden": hidden,
-        "down0_output": seen[0],
+        **seen,
         "indices": quantized.indices.view(file.output["indices"].shape),
         "quantized": as_map(quantized.vectors, hidden),
         "entry": as_map(codebook.lookup(quantized.indices), hidden).detach(),
@@ -56,7 +58,7 @@ def test_published_encoder(case):
         # nothing here uses it; it shows that latents and codes are the published ones
         "soft_code": soft.softmax(-1).view(file.output["soft_code"].shape),
     }
-    assert set(file.output) == set(ours), "every recorded output is compared"
+    assert set(file.output) <= set(ours), "every recorded output is compared"
     assert torch.equal(ours["indices"], file.output["indices"])
     for name, expected in file.output.items():
         assert_close(ours[name], expected, atol=2e-5)
@@ -82,7 +84,7 @@ def test_published_decoder(case):
         assert_close(ours[name], expected, atol=2e-5)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODE, DECODE])
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
     file = golden(case)
@@ -109,7 +111,7 @@ def test_parity_fails_when_a_weight_of_any_part_changes(case):
             assert not torch.allclose(result(weights), expected, atol=2e-5), key
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [ENCODE])
 def test_loading_is_strict(case):
     file = golden(case)

@@ -124,7 +124,7 @@ def test_published_tokenizer(case):
     compare(outputs(published(file), file, case), file)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [TWO_STAGE, SINGLE_STAGE, VAE])
 def test_parity_fails_when_any_weight_changes(case):
     """The comparison sees every tensor, except the keys' bias, which softmax doesn't see either, and biases that the
@@ -144,7 +144,7 @@ def test_parity_fails_when_any_weight_changes(case):
             compare(outputs(published(file, weights), file, case), file)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [TWO_STAGE])
 def test_the_layout_of_the_two_stage_models_is_needed(case):
     file = golden(case)
@@ -156,7 +156,7 @@ def test_the_layout_of_the_two_stage_models_is_needed(case):
     assert not torch.allclose(encoded(tokenizer, file)["encoder_output"], file.output["encoder_output"], atol=1e-3)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [SINGLE_STAGE])
 def test_reads_the_nested_config_of_the_hub(case):
     file = golden(case)
@@ -168,7 +168,7 @@ def test_reads_the_nested_config_of_the_hub(case):
     compare(outputs(tokenizer, file, case), file)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [SINGLE_STAGE])
 def test_loading_is_strict(case):
     file = golden(case)

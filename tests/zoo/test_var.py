@@ -44,7 +44,7 @@ def test_published_tokenizer(case):
     assert_outputs(outputs(from_public("var", file.config, file.weights), file), file)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [CASE])
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
     file = golden(case)
@@ -59,7 +59,7 @@ def test_parity_fails_when_a_weight_of_any_part_changes(case):
             assert_outputs(outputs(from_public("var", file.config, state), file), file)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [CASE])
 def test_the_same_weights_serve_other_scales(case):
     file = golden(case)
@@ -73,7 +73,7 @@ def test_the_same_weights_serve_other_scales(case):
         from_public("var", {**file.config, "v_patch_nums": [1, [2, 3]]}, file.weights)
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", [CASE])
 def test_loading_is_strict(case):
     file, state = golden(case), dict(golden(case).weights)

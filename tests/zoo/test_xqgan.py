@@ -137,7 +137,7 @@ def spoiled(file, key: str) -> dict[str, Tensor]:
     return {**file.weights, key: value * -1.5 + torch.linspace(-0.5, 0.5, value.numel()).view(value.shape)}
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", CASES)
 def test_parity_fails_when_a_weight_of_any_part_changes(case):
     """The comparison sees every sub-module: one changed tensor spoils it."""
@@ -155,8 +155,7 @@ def test_published_adapters(case, tmp_path):
     image, lora = file.input["image"], file.config["lora"]
     branches = tokenizer.quantizer.num_branches
     layers = dict(adapters(tokenizer))
-    depth = file.config["tiny_backbone"]["depth"]
-    assert len(layers) == 2 * 2 * depth  # fc1 and fc2 of each block, encoder and decoder
+    assert len(layers) == sum(key.endswith("lora_A.default.weight") for key in file.weights) > 0
     assert all((layer.rank, layer.alpha) == (lora["r"], lora["lora_alpha"]) for layer in layers.values())
 
     def features(model):
@@ -177,7 +176,7 @@ def test_published_adapters(case, tmp_path):
         assert_close(features(tokenizer), file.output["encoder_out_loraB_zero"])
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_lora"])
 def test_parity_of_adapters_fails_when_a_weight_changes(case):
     file = golden(case)
@@ -192,7 +191,7 @@ def test_parity_of_adapters_fails_when_a_weight_changes(case):
         assert not (same and torch.allclose(recon, file.output["recon"], atol=1e-5)), key
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_cnn_vq", "xqgan_vq"])
 def test_takes_averaged_weights_and_ignores_teachers(case):
     file = golden(case)
@@ -209,7 +208,7 @@ def test_takes_averaged_weights_and_ignores_teachers(case):
     assert all(matches(tokenizer, file).values())
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_cnn_vq", "xqgan_vq"])
 def test_loading_is_strict(case):
     file = golden(case)
@@ -225,7 +224,7 @@ def test_loading_is_strict(case):
     assert "quantizer.branches.0.codebooks.0.embedding is (" in message
 
 
-@pytest.mark.golden
+@pytest.mark.usefixtures("shipped_files")
 @pytest.mark.parametrize("case", ["xqgan_msbr_p2"])
 def test_code_magnitudes_must_be_those_of_the_options(case):
     file = golden(case)

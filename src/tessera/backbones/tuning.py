@@ -27,6 +27,8 @@ class LoRA:
         alpha: strength.
         train: names of sub-modules of the network that train in full besides the adapters; None: those that the
             backbone's `lora_trained` names (a ViT's final norm).
+        targets: pattern of the whole names of the network's linear layers that get adapters; None: the backbone's
+            `lora_targets` (a ViT's MLPs).
 
     Raises:
         ConfigError: a value out of range.
@@ -38,6 +40,7 @@ class LoRA:
     rank: int = 8
     alpha: float = 8.0
     train: Sequence[str] | None = None
+    targets: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -106,6 +109,7 @@ def tune(backbone: nn.Module, mode: str | LoRA, key: str) -> None:
             f"{key}=lora needs a transformer that names layers for adapters, which {type(backbone).__name__} does not; "
             f"choose {key}=full or {key}=frozen, or backbone=vit"
         )
+    pattern = lora.targets or pattern
     network.requires_grad_(False)
     targets = [
         name

@@ -110,7 +110,7 @@ def _quantizer(config: Mapping[str, Any]) -> Node:
             "_target_": "tessera.quantizers.MultiScaleQuantizer",
             "grids": list(config["v_patch_nums"]),
             "phi_convs": config.get("share_quant_resi", 4),
-            "phi_ratio": 0.5,
+            "phi_ratio": abs(config.get("quant_resi", 0.5)),
         }
         if config.get("lfq"):
             branch["gain"] = config.get("scale", 1.0)
@@ -145,12 +145,14 @@ def _tuning(config: Mapping[str, Any], weights: Mapping[str, Tensor], part: str)
         return "full"
     saved = rf"{part}\.model\.base_model\.model\.(.*)\.modules_to_save\.default\..*"
     trained = {found[1] for key in weights if (found := re.fullmatch(saved, key))}
-    return {
+    lora = config.get("lora", {})
+    node = {
         "_target_": "tessera.backbones.LoRA",
         "rank": first.shape[0],
-        "alpha": config.get("lora", {}).get("lora_alpha", 8),
+        "alpha": lora.get("lora_alpha", 8),
         "train": sorted(trained),
     }
+    return {**node, "targets": lora["target"]} if "target" in lora else node
 
 
 def architecture(config: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Node:
@@ -188,12 +190,12 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Tok
 
     Args:
         config: published names; read are codebook_size, codebook_embed_dim, codebook_l2_norm, v_patch_nums,
-            product_quant, num_latent_tokens, share_quant_resi (4), lfq, scale (1), enc_type, dec_type. For a ViT:
-            encoder_model, decoder_model, abs_pos_embed, image_size (256), patch_size (16), and where they differ from
-            the model's name embed_dim, depth, num_heads. For a CNN: z_channels, encoder_ch_mult, decoder_ch_mult,
-            dropout_p, and the constants of the public classes ch (128), num_groups (32), num_res_blocks (2). For
-            adapters: lora.lora_alpha (8). The other published options concern training and change nothing of a
-            tokenizer.
+            product_quant, num_latent_tokens, share_quant_resi (4), quant_resi (0.5), lfq, scale (1), enc_type,
+            dec_type. For a ViT: encoder_model, decoder_model, abs_pos_embed, image_size (256), patch_size (16), and
+            where they differ from the model's name embed_dim, depth, num_heads. For a CNN: z_channels,
+            encoder_ch_mult, decoder_ch_mult, dropout_p, and the constants of the public classes ch (128), num_groups
+            (32), num_res_blocks (2). For adapters: lora.lora_alpha (8), lora.target (a pattern of layers' names; the
+            MLPs of all blocks). The other published options concern training and change nothing of a tokenizer.
         state_dict: published state dict, or the checkpoint around it (averaged weights are preferred).
 
     Returns:
