@@ -22,7 +22,7 @@ PUBLIC_NAMES = Path(__file__).with_name("public_names.txt")
 # A module imports from lower layers and from its own package only; so there are no circles between packages.
 LAYERS = (
     {"errors", "rng", "distributed"},
-    {"frozen"},
+    {"frozen", "grids"},
     {"backbones", "data", "discriminators", "losses", "optim", "quantizers"},
     {"perturbation"},
     {"generators", "metrics", "tokenizers"},

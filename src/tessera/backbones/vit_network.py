@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tessera.errors import ConfigError
 from tessera.frozen import timm_vit
+from tessera.grids import as_grid
 
 POSITIONS = ("absolute", "learned")
 
@@ -57,13 +58,6 @@ def vision_transformer(model: str, pretrained: bool, weights: str | Path | None,
     return network
 
 
-def _sides(grid: int | Sequence[int], key: str) -> tuple[int, int]:
-    pair = (grid, grid) if isinstance(grid, int) else tuple(int(side) for side in grid)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ConfigError(f"{key}.grid={grid!r} is no grid; give (height, width), both at least 1, or one number")
-    return pair
-
-
 class LatentViT(nn.Module):
     """What encoder and decoder share: the network, the grids and the positions of both.
 
@@ -96,7 +90,7 @@ class LatentViT(nn.Module):
     ):
         super().__init__()
         key = self.key
-        self.grid, self.position = _sides(grid, key), position
+        self.grid, self.position = as_grid(grid, f"{key}.grid"), position
         if position not in POSITIONS:
             raise ConfigError(f"{key}.position={position!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if not 0.0 <= drop_path < 1.0:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError
+from tessera.grids import Grid, as_grid
 from tessera.quantizers.output import QuantizerOutput
-from tessera.quantizers.structure import Grid, as_grid
 from tessera.rng import SampleRng, as_sample_rng, normal
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

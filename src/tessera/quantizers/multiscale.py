@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError
+from tessera.grids import Grid, as_grid
 from tessera.quantizers.codebooks.base import Codebook
 from tessera.quantizers.output import CodebookOutput, QuantizerOutput
 from tessera.quantizers.phi import PhiConvs
 from tessera.quantizers.resize import enlarge
-from tessera.quantizers.structure import Edit, Grid, ScaleTokens, Structure, as_grid
+from tessera.quantizers.structure import Edit, ScaleTokens, Structure
 
 
 @dataclass

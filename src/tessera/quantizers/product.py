@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError, DataError
+from tessera.grids import Grid
 from tessera.quantizers.output import QuantizerOutput
-from tessera.quantizers.structure import Grid, ScaleTokens, Structure
+from tessera.quantizers.structure import ScaleTokens, Structure
 from tessera.rng import SampleRng, as_sample_rng, integers
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tessera.quantizers.output import CodebookOutput
@@ -48,9 +49,30 @@ class Codebook(nn.Module, ABC):
     def forward(self, x: Tensor) -> CodebookOutput:
         """Quantise latents x (N, D) with straight-through gradient and unweighted losses."""
 
-    @abstractmethod
+    @torch.no_grad()
     def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """Codes nearest to points (float (N, D)) or to codes (int64 (N,)); (N, k) int64, nearest first."""
+        """The k codes nearest to points or to codes.
+
+        Args:
+            query: (N, D) float points, or (N,) int64 code indices.
+            k: 1 <= k <= K.
+
+        Returns:
+            (N, k) int64, nearest first. A code's nearest neighbour is itself (or an equal code of lower index).
+        """
+        if query.is_floating_point():
+            return self.neighbors_of_points(query, k)
+        # Equal codes have equal neighbours: search once per code in use, then gather
+        used, position = query.unique(return_inverse=True)
+        return self.neighbors_of_codes(used, k)[position]
+
+    @abstractmethod
+    def neighbors_of_points(self, x: Tensor, k: int) -> Tensor:
+        """(N, k) int64: the codes nearest to points x (N, D) float, nearest first."""
+
+    def neighbors_of_codes(self, indices: Tensor, k: int) -> Tensor:
+        """(N, k) int64: the codes nearest to codes (N,) int64, nearest first; by default as those of points."""
+        return self.neighbors_of_points(self.lookup(indices), k)
 
     def penalties(self, x: Tensor, mask: Tensor | None = None, gain: float = 1.0) -> dict[str, Tensor]:
         """Named losses of points beyond those of the distance to their codes, e.g. entropies; none by default.

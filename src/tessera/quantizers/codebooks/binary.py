@@ -86,23 +86,11 @@ class BinaryCodebook(Codebook):
         bits = (indices[:, None] >> self._positions(indices.device)) & 1
         return bits.float().mul_(2 * self.value).sub_(self.value)
 
-    @torch.no_grad()
-    def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """The k nearest codes: of a point, by the sum of |x_d| over flipped bits; of a code, by Hamming distance.
-
-        Args:
-            query: (N, C) float points, or (N,) int64 code indices.
-            k: 1 <= k <= K.
-
-        Returns:
-            (N, k) int64, nearest first.
-        """
-        if query.is_floating_point():
-            # a cost relative to the nearest letter keeps the sums small and exact
-            excess = query.float()
-            return nearest_products([torch.stack([x.clamp_min(0), (-x).clamp_min(0)], 1) for x in excess.unbind(1)], k)
-        used, position = query.unique(return_inverse=True)
-        return self.neighbors(self.lookup(used), k)[position]
+    def neighbors_of_points(self, x: Tensor, k: int) -> Tensor:
+        """(N, k) int64 by the sum of |x_d| over flipped bits, which for codes is the order of Hamming distance."""
+        # a cost relative to the nearest letter keeps the sums small and exact
+        costs = [torch.stack([part.clamp_min(0), (-part).clamp_min(0)], 1) for part in x.float().unbind(1)]
+        return nearest_products(costs, k)
 
     def penalties(self, x: Tensor, mask: Tensor | None = None, gain: float = 1.0) -> dict[str, Tensor]:
         """`entropy_sample` and `entropy_batch` (see the class) of points x (N, C) and codes +- gain s."""

@@ -77,25 +77,13 @@ class FSQCodebook(Codebook):
         letters = indices[:, None] // self._stride % self._size
         return (letters - self._zero).float() / self._zero
 
-    @torch.no_grad()
-    def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """The k codes nearest by Euclidean distance.
-
-        Args:
-            query: (N, D) float points, or (N,) int64 code indices.
-            k: 1 <= k <= K.
-
-        Returns:
-            (N, k) int64, nearest first.
-        """
-        if not query.is_floating_point():
-            used, position = query.unique(return_inverse=True)
-            return self.neighbors(self.lookup(used), k)[position]
+    def neighbors_of_points(self, x: Tensor, k: int) -> Tensor:
+        """(N, k) int64 by Euclidean distance."""
         costs = []
-        for x, level in zip(query.float().unbind(1), self.levels, strict=True):
+        for part, level in zip(x.float().unbind(1), self.levels, strict=True):
             zero = level // 2
-            values = torch.arange(-zero, level - zero, device=query.device) / zero
-            costs.append((x[:, None] - values).square_())
+            values = torch.arange(-zero, level - zero, device=x.device) / zero
+            costs.append((part[:, None] - values).square_())
         return nearest_products(costs, k)
 
     def forward(self, x: Tensor) -> CodebookOutput:

@@ -107,26 +107,16 @@ class IBQCodebook(Codebook):
         """Code vectors (N, D) of (N,) int64 indices, at least float32."""
         return F.embedding(indices, self.embedding).to(torch.promote_types(self.embedding.dtype, torch.float32))
 
-    def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """The k codes next in line for a vector, or most like a code.
+    def neighbors_of_points(self, x: Tensor, k: int) -> Tensor:
+        """(N, k) int64 by inner product, as `assign` does, so that the first neighbour is the assigned code."""
+        return nearest_k(x, self.embedding, k, self.chunk_size, "dot")
 
-        Vectors rank the codes by inner product, as `assign` does, so that the first neighbour is the assigned code.
-        Codes rank by Euclidean distance: by inner product, codes of large norm would be everybody's neighbours, often
-        before the code itself.
+    def neighbors_of_codes(self, indices: Tensor, k: int) -> Tensor:
+        """(N, k) int64 by Euclidean distance.
 
-        Args:
-            query: (N, D) float vectors, or (N,) int64 code indices.
-            k: 1 <= k <= K.
-
-        Returns:
-            (N, k) int64, nearest first.
+        By inner product, codes of large norm would be everybody's neighbours, often before the code itself.
         """
-        with torch.no_grad():
-            if query.is_floating_point():
-                return nearest_k(query, self.embedding, k, self.chunk_size, "dot")
-            # Equal codes have equal neighbours: search once per code in use, then gather
-            used, position = query.unique(return_inverse=True)
-            return nearest_k(self.embedding[used], self.embedding, k, self.chunk_size, "euclidean")[position]
+        return nearest_k(self.embedding[indices], self.embedding, k, self.chunk_size, "euclidean")
 
     def project(self, x: Tensor) -> Tensor:
         """Latents (N, D) of any precision, at least float32, none longer than `max_latent_rms`; differentiable."""

@@ -126,24 +126,13 @@ class VQCodebook(Codebook):
         """
         return self.project(weights.float() @ self.embedding.float())
 
-    def neighbors(self, query: Tensor, k: int) -> Tensor:
-        """The k nearest codes of vectors or of codes.
+    def neighbors_of_points(self, x: Tensor, k: int) -> Tensor:
+        """(N, k) int64 by the distance that `assign` minimises."""
+        return nearest_k(x, self.compared(self.embedding), k, self.chunk_size, self._metric)
 
-        Args:
-            query: (N, D) float vectors, or (N,) int64 code indices.
-            k: 1 <= k <= K.
-
-        Returns:
-            (N, k) int64, nearest first. A code's nearest neighbour is itself (or an equal code of lower
-            index).
-        """
-        with torch.no_grad():
-            codes = self.compared(self.embedding)
-            if query.is_floating_point():
-                return nearest_k(query, codes, k, self.chunk_size, self._metric)
-            # Equal codes have equal neighbours: search once per code in use, then gather
-            used, position = query.unique(return_inverse=True)
-            return nearest_k(codes[used], codes, k, self.chunk_size, self._metric)[position]
+    def neighbors_of_codes(self, indices: Tensor, k: int) -> Tensor:
+        """(N, k) int64 by the same distance; lengths of codes that only the lookup keeps don't enter."""
+        return self.neighbors_of_points(self.compared(self.embedding[indices]), k)
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor) -> None:
