@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import peak_bytes
 
 from tessera.generators import RAR, SamplingConfig
-from tessera.generators.rar_decoder import evaluating
+from tessera.generators.inference import evaluating
 
 # hidden size, depth, MLP size
 SIZES = {"b": (768, 24, 3072), "l": (1024, 24, 4096), "xl": (1280, 32, 5120), "xxl": (1408, 40, 6144)}

@@ -9,9 +9,10 @@ from torch import Tensor
 from generators.rar_reference import golden_rar, plain_generate, public_sampling
 from golden_cases import assert_close, golden
 from tessera.generators import RAR
+from tessera.generators.guidance import guidance_weights
 from tessera.generators.orders import random_ratio, raster_orders
 from tessera.generators.rar_decoder import RARDecoder
-from tessera.generators.sampling import SamplingConfig, guidance_weights
+from tessera.generators.sampling import SamplingConfig
 
 FORWARD = pytest.mark.parametrize("case", ["rar_forward"])
 GENERATE = pytest.mark.parametrize("case", ["rar_generate"])

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from golden_cases import assert_close, golden
 from tessera.errors import ConfigError
-from tessera.generators.sampling import SamplingConfig, guidance_weights, make_draw, probabilities, race
+from tessera.generators.guidance import guidance_weights
+from tessera.generators.sampling import SamplingConfig, make_draw, probabilities, race
 from tessera.rng import IndexedRng
 
 
@@ -24,6 +26,8 @@ from tessera.rng import IndexedRng
         {"top_k": 2.5},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"temperature_end": 0.0},
+        {"guidance_schedule": "quadratic"},
     ],
 )
 def test_bad_setting_is_refused_by_its_key(setting):
@@ -52,6 +56,26 @@ def test_power_zero_is_constant_and_weight_one_is_no_guidance():
     assert SamplingConfig(guidance_scale=3.0).guidance_weights(2) == [3.0, 3.0]
     assert SamplingConfig(guidance_scale=None, guidance_power=2.0).guidance_weights(5) is None
     assert SamplingConfig(guidance_scale=1.0, guidance_power=2.0).guidance_weights(5) is None
+
+
+def test_guidance_schedules():
+    assert guidance_weights(3.0, 0.0, 4, "constant") == [3.0] * 4
+    assert guidance_weights(3.0, 0.0, 4, "linear") == [1.0, 1.5, 2.0, 2.5]
+    assert guidance_weights(2.5, 0.0, 4, "ramp") == [1.0, 1.5, 2.0, 2.5]  # VAR's 1 + cfg k / (S - 1) for cfg = 1.5
+    assert guidance_weights(3.0, 0.0, 1, "ramp") == [1.0]
+    assert guidance_weights(3.0, 0.0, 4, "cosine") == guidance_weights(3.0, 1.0, 4, "power_cosine")
+    sampling = SamplingConfig(guidance_scale=3.0, guidance_schedule="linear")
+    assert sampling.guidance_weights(2) == [1.0, 2.0]
+    with pytest.raises(ConfigError, match=r"guidance_power=2\.0 has no effect"):
+        SamplingConfig(guidance_scale=3.0, guidance_power=2.0, guidance_schedule="linear")
+
+
+def test_temperature_annealing():
+    assert SamplingConfig(temperature=0.7).temperatures(3) == [0.7] * 3
+    # MaskGIT's 0.5 + 0.8 (1 - (t + 1) / T)
+    assert SamplingConfig(temperature=1.3, temperature_end=0.5).temperatures(4) == pytest.approx([1.1, 0.9, 0.7, 0.5])
+    logits = torch.randn(3, 7)
+    torch.testing.assert_close(probabilities(logits, SamplingConfig(), 2.0), (logits / 2).softmax(-1))
 
 
 def test_temperature():
@@ -102,6 +126,39 @@ def test_top_p_works_on_what_top_k_left():
 def test_top_p_none_and_top_k_none_are_off():
     logits = torch.randn(2, 1, 5)
     assert torch.equal(probabilities(logits, SamplingConfig(top_k=None, top_p=None)), logits.softmax(-1))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_filters"])
+def test_published_filters(case):
+    file = golden(case)
+    for top_k, top_p in file.config["combos"]:  # the public code writes "off" as 0
+        probs = probabilities(file.input["logits"], SamplingConfig(top_k=top_k, top_p=top_p or None))
+        assert_close(probs, file.output[f"prob_k{top_k}_p{top_p}"], atol=1e-6)
+    assert len(file.output) == len(file.config["combos"])
+
+
+def test_ties_at_both_filters():
+    logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0]).log()  # the last is -inf
+    assert probabilities(logits, SamplingConfig(top_k=2)).tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2, 0])
+    # the more probable one holds 0.4; of the three equal ones, the last suffices
+    kept = probabilities(logits, SamplingConfig(top_k=2, top_p=0.5))
+    assert kept.tolist() == pytest.approx([2 / 3, 0, 0, 1 / 3, 0])
+    assert torch.equal(kept, probabilities(logits, SamplingConfig(top_p=0.5)))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 12])
+def test_nucleus_is_that_of_a_full_sort(top_k):
+    logits = torch.randn(40, 12).mul(2).round() / 2  # many ties
+    for top_p in (0.1, 0.55, 0.9):
+        limit = logits.sort(descending=True).values[:, (top_k or 12) - 1, None]
+        full = logits.masked_fill(logits < limit, -torch.inf).softmax(-1)
+        values, order = full.sort(stable=True)
+        dropped = values.cumsum(-1) <= 1 - top_p
+        dropped[:, -1] = False
+        expected = full.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0)
+        found = probabilities(logits, SamplingConfig(top_k=top_k, top_p=top_p))
+        torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
 
 
 def test_race_follows_the_distribution():

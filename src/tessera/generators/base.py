@@ -1,12 +1,14 @@
 """What every generator of tokens offers, and the checks of its inputs."""
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tessera.errors import ConfigError, DataError
+from tessera.errors import CheckpointError, ConfigError, DataError
 from tessera.generators.sampling import Rng, SamplingConfig
+from tessera.quantizers import ProductQuantizer
 from tessera.rng import SampleRng
 
 
@@ -18,18 +20,62 @@ class Generator(nn.Module, ABC):
         num_branches: P, predicted in parallel at each position.
         num_tokens: L, tokens of an image in one branch.
         num_classes: labels are 0 .. num_classes - 1.
+        class_dropout: share of samples whose label is dropped in training, by which the model learns what
+            classifier-free guidance needs; with 0 it can't be guided.
+
+    Attributes:
+        sampling_types: the settings that `generate` takes, the first by default.
 
     Raises:
-        ConfigError: a size below 1.
+        ConfigError: a size below 1; class_dropout outside [0, 1].
     """
 
-    def __init__(self, codebook_size: int, num_branches: int, num_tokens: int, num_classes: int):
+    sampling_types: ClassVar[tuple[type[SamplingConfig], ...]] = (SamplingConfig,)
+
+    def __init__(
+        self, codebook_size: int, num_branches: int, num_tokens: int, num_classes: int, class_dropout: float = 0.1
+    ):
         super().__init__()
         self.codebook_size, self.num_branches = codebook_size, num_branches
         self.num_tokens, self.num_classes = num_tokens, num_classes
         for name in ("codebook_size", "num_branches", "num_tokens", "num_classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"generator.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= class_dropout <= 1:
+            raise ConfigError(f"generator.class_dropout={class_dropout} is outside [0, 1]; it is a share")
+        self.class_dropout = class_dropout
+
+    @classmethod
+    def sizes(cls, quantizer: ProductQuantizer, num_classes: int) -> dict[str, Any]:
+        """The constructor's arguments that follow from the tokenizer and the data, of plain types.
+
+        Raises:
+            ConfigError: tokens of a structure that this generator can't model.
+        """
+        return {
+            "codebook_size": quantizer.codebook_size,
+            "num_tokens": quantizer.num_tokens,
+            "num_branches": quantizer.num_branches,
+            "num_classes": num_classes,
+        }
+
+    def bind(self, quantizer: ProductQuantizer) -> None:
+        """Check that a quantizer makes the tokens this model was built for, before any are exchanged.
+
+        Raises:
+            CheckpointError: another codebook size, number of branches or of tokens.
+        """
+        expected = self.sizes(quantizer, self.num_classes)
+        different = [
+            f"{name}={getattr(self, name)} where the tokenizer has {value}"
+            for name, value in expected.items()
+            if getattr(self, name) != value
+        ]
+        if different:
+            raise CheckpointError(
+                f"the generator ({type(self).__name__}) does not fit the tokenizer: {', '.join(different)}; give the "
+                "tokenizer it was made for, or train a generator on this one's tokens"
+            )
 
     @abstractmethod
     def loss(
@@ -49,7 +95,9 @@ class Generator(nn.Module, ABC):
             rng: draws by sample; None: torch's global generator.
 
         Returns:
-            "loss": float32 scalar with gradient; "accuracy": float32 scalar, share of tokens predicted.
+            "loss": float32 scalar with gradient; "accuracy": float32 scalar, share of the tokens to predict that are
+            the most probable; "site_loss", "site_hits" and "site_count": (P, L) float32, sums over the batch by place
+            of the image (`tessera.generators.scores.site_sums`).
 
         Raises:
             DataError: wrong shapes, or values out of range.
@@ -69,7 +117,7 @@ class Generator(nn.Module, ABC):
 
         Args:
             labels: (B,) int64 in [0, num_classes).
-            sampling: temperature, guidance, top-k, top-p.
+            sampling: temperature, guidance, top-k, top-p; one of `sampling_types`.
             teacher: (B, P, L) int64; given tokens. Only values at kept positions are read.
             keep: (B, P, L) bool; where True the sampled token is replaced by the teacher's before it is fed
                 back, so that later tokens are conditioned on it. The draw is made all the same: draws of
@@ -82,8 +130,30 @@ class Generator(nn.Module, ABC):
 
         Raises:
             DataError: wrong shapes, or values out of range.
-            ConfigError: only one of teacher and keep is given.
+            ConfigError: only one of teacher and keep is given; settings that `check_sampling` refuses.
         """
+
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Refuse settings that are another generator's or that this model can't follow.
+
+        Raises:
+            ConfigError: another type; guidance of a model that was trained without dropped labels; top_k above K.
+        """
+        if type(sampling) not in self.sampling_types:
+            names = " or ".join(kind.__name__ for kind in self.sampling_types)
+            raise ConfigError(
+                f"{type(self).__name__} is sampled with {names}, not {type(sampling).__name__}; choose its sampling=..."
+            )
+        if sampling.is_guided and self.class_dropout == 0:
+            raise ConfigError(
+                f"sampling.guidance_scale={sampling.guidance_scale} needs a generator that was trained with dropped "
+                "labels, but generator.class_dropout=0; set the scale to null, or train with class_dropout=0.1"
+            )
+        if (sampling.top_k or 0) > self.codebook_size:
+            raise ConfigError(
+                f"sampling.top_k={sampling.top_k} is more than the {self.codebook_size} codes of the generator "
+                "(generator.codebook_size); lower it, or use 0 for all"
+            )
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels that are no (B,) integers in [0, num_classes)."""

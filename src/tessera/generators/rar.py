@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from tessera.errors import ConfigError
 from tessera.generators.base import Generator
 from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Linear
-from tessera.generators.orders import permute, random_ratio, raster_orders, sample_orders
+from tessera.generators.orders import inverse, permute, random_ratio, raster_orders, sample_orders
 from tessera.generators.rar_decoder import generate_raster
 from tessera.generators.sampling import Rng, SamplingConfig
+from tessera.generators.scores import head_losses, site_sums
 from tessera.rng import SampleRng, as_sample_rng
 
 
@@ -69,7 +70,7 @@ class RAR(Generator):
         extra_timesteps: int = 100,
         checkpoint_blocks: bool = False,
     ):
-        super().__init__(codebook_size, num_branches, num_tokens, num_classes)
+        super().__init__(codebook_size, num_branches, num_tokens, num_classes, class_dropout)
         for name, value, low in (
             ("hidden_size", hidden_size, 1),
             ("depth", depth, 1),
@@ -85,14 +86,12 @@ class RAR(Generator):
         for name, value in (("dropout", dropout), ("attention_dropout", attention_dropout)):
             if not 0 <= value < 1:
                 raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
-        if not 0 <= class_dropout <= 1:
-            raise ConfigError(f"generator.class_dropout={class_dropout} is outside [0, 1]; it is a share")
         if len(order_anneal) != 2 or not 0 <= order_anneal[0] <= order_anneal[1] <= 1:
             raise ConfigError(
                 f"generator.order_anneal={list(order_anneal)} must be [start, end] with "
                 "0 <= start <= end <= 1, shares of training"
             )
-        self.class_dropout, self.order_anneal = class_dropout, tuple(order_anneal)
+        self.order_anneal = tuple(order_anneal)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.checkpoint_blocks = checkpoint_blocks
         token_ids = num_branches * codebook_size
@@ -188,6 +187,10 @@ class RAR(Generator):
         Returns:
             (B, n + 1, P, K); row k predicts the k-th token. Row L, after a complete sequence, has no meaning.
         """
+        return self.head(self.features(tokens, conditions, orders))
+
+    def features(self, tokens: Tensor, conditions: Tensor, orders: Tensor | None = None) -> Tensor:
+        """(B, n + 1, d), what the head gets; arguments as in `forward`."""
         batch, _, length = tokens.shape
         if orders is None:
             orders = raster_orders(batch, self.num_tokens, tokens.device)
@@ -198,7 +201,7 @@ class RAR(Generator):
                 x = checkpoint(block, x, activated, use_reentrant=False)
             else:
                 x = block(x, activated)
-        return self.head(self.adaln_before_head(x[:, 1:], activated[:, 1:]))
+        return self.adaln_before_head(x[:, 1:], activated[:, 1:])
 
     def loss_in_order(self, tokens: Tensor, conditions: Tensor, orders: Tensor) -> dict[str, Tensor]:
         """Mean cross-entropy of the tokens in given orders; nothing is drawn here but dropout.
@@ -209,14 +212,18 @@ class RAR(Generator):
             orders: (B, L) int64 permutations.
 
         Returns:
-            "loss" and "accuracy", float32 scalars.
+            As `Generator.loss`.
         """
         targets = permute(tokens, orders)
         # the last token predicts nothing, so it isn't fed
-        logits = self.forward(targets[:, :, :-1], conditions, orders).transpose(1, 2)  # (B, P, L, K)
-        with torch.autocast(tokens.device.type, enabled=False):
-            loss = F.cross_entropy(logits.float().flatten(0, 2), targets.flatten())
-        return {"loss": loss, "accuracy": (logits.detach().argmax(-1) == targets).float().mean()}
+        features = self.features(targets[:, :, :-1], conditions, orders)
+        losses, hits = head_losses(
+            features.flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.transpose(1, 2).flatten(0, 1)
+        )
+        by_step = (len(tokens), self.num_tokens, self.num_branches)
+        losses, hits = (values.view(by_step).transpose(1, 2) for values in (losses, hits))
+        places = inverse(orders)
+        return {"loss": losses.mean(), **site_sums(permute(losses.detach(), places), permute(hits, places))}
 
     def loss(
         self,
@@ -253,5 +260,6 @@ class RAR(Generator):
     ) -> Tensor:
         """See `Generator.generate`. Raster order; each step feeds one position (`rar_decoder`)."""
         self.check_labels(labels)
+        self.check_sampling(sampling)
         self.check_teacher(teacher, keep, len(labels))
         return generate_raster(self, labels, sampling, teacher, keep, rng)

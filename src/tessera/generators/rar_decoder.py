@@ -3,40 +3,20 @@ depend on tokens computed once and nothing of the past computed twice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessera.generators.cache import KVCache
+from tessera.generators.inference import compute_dtype, evaluating, guided
 from tessera.generators.sampling import Rng, SamplingConfig, make_draw, probabilities
 
 if TYPE_CHECKING:
     from tessera.generators.rar import RAR
 
 MODULATION_BYTES = 256 * 2**20
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards every sub-module has the mode it had."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Type in which matrix products run: autocast's where it is on, else the weight's."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class RARDecoder:
@@ -142,7 +122,7 @@ def generate_raster(
         return tokens
     if teacher is not None:
         teacher, keep = teacher.to(device), keep.to(device)
-    weights = sampling.guidance_weights(model.num_tokens)
+    weights, temperatures = sampling.guidance_weights(model.num_tokens), sampling.temperatures(model.num_tokens)
     draw = make_draw(rng, batch, device)
     with evaluating(model):
         conditions = model.condition_ids(labels)
@@ -152,9 +132,8 @@ def generate_raster(
         for index in range(model.num_tokens):
             features = decoder.start() if index == 0 else decoder.step(tokens[:, :, index - 1], index - 1)
             if weights is not None:
-                conditional, unconditional = features.chunk(2)
-                features = torch.lerp(unconditional, conditional, weights[index])
-            drawn = draw(probabilities(model.head(features), sampling), index)
+                features = guided(features, weights[index])
+            drawn = draw(probabilities(model.head(features), sampling, temperatures[index]), index)
             if teacher is not None:
                 drawn = torch.where(keep[:, :, index], teacher[:, :, index], drawn)
             tokens[:, :, index] = drawn

@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: guidance weights, temperature, top-k and top-p, and the draw itself."""
+"""How a token is drawn from logits: settings, temperature, top-k and top-p, and the draw itself."""
 
 import math
 from collections.abc import Callable
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tessera.errors import ConfigError
+from tessera.generators.guidance import SCHEDULES, guidance_weights
 from tessera.rng import SampleRng, as_sample_rng, exponential
 
-Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, P, K), step) -> (B, P) int64
+Draw = Callable[[Tensor, int], Tensor]  # (probabilities (B, ..., K), step) -> (B, ...) int64
 Rng = SampleRng | torch.Generator | Draw | None
 
 
@@ -24,9 +25,12 @@ class SamplingConfig:
             RAR code writes "no guidance" as 0; that is refused here, since a weight of 0 would mean
             unconditional samples.
         guidance_power: >= 0; exponent of the power-cosine rise, 0: constant guidance.
-        top_k: keep the k most probable codes; 0 or None: all. More than the codebook has means all.
+        top_k: keep the k most probable codes, and those as probable as the last of them; 0 or None: all.
         top_p: in (0, 1]; of those keep the smallest set that holds this share of the probability; 1 or None:
             all.
+        guidance_schedule: how the weight gets there over the steps (`tessera.generators.guidance`).
+        temperature_end: > 0, the temperature of the last step, to which it moves in equal parts:
+            T_t = temperature + (temperature_end - temperature) (t + 1) / T; None: constant.
 
     Raises:
         ConfigError: a value out of range.
@@ -37,13 +41,16 @@ class SamplingConfig:
     guidance_power: float = 0.0
     top_k: int | None = 0
     top_p: float | None = 1.0
+    guidance_schedule: str = "power_cosine"
+    temperature_end: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(
-                f"sampling.temperature={self.temperature} must be positive; "
-                "use sampling.top_k=1 to take the most probable code"
-            )
+        for name in ("temperature", "temperature_end"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(
+                    f"sampling.{name}={value} must be positive; use sampling.top_k=1 to take the most probable code"
+                )
         scale = self.guidance_scale
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ConfigError(f"sampling.guidance_scale={scale} must be positive; use null to switch guidance off")
@@ -51,63 +58,91 @@ class SamplingConfig:
             raise ConfigError(
                 f"sampling.guidance_power={self.guidance_power} must be at least 0 (0: constant guidance)"
             )
+        if self.guidance_schedule not in SCHEDULES:
+            raise ConfigError(
+                f"sampling.guidance_schedule={self.guidance_schedule!r} is unknown; choose one of "
+                f"{', '.join(SCHEDULES)}"
+            )
+        if self.guidance_power and self.guidance_schedule != "power_cosine":
+            raise ConfigError(
+                f"sampling.guidance_power={self.guidance_power} has no effect on guidance_schedule="
+                f"{self.guidance_schedule}; set it to 0, or choose power_cosine"
+            )
         if self.top_k is not None and (int(self.top_k) != self.top_k or self.top_k < 0):
             raise ConfigError(f"sampling.top_k={self.top_k} must be a whole number of at least 0 (0: all codes)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling.top_p={self.top_p} is outside (0, 1] (1: all codes)")
 
-    def guidance_weights(self, num_tokens: int) -> list[float] | None:
-        """Weight of guidance at each step, or None where guidance changes nothing (every weight 1)."""
-        if self.guidance_scale is None or self.guidance_scale == 1:
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance changes anything."""
+        return self.guidance_scale not in (None, 1)
+
+    def guidance_weights(self, num_steps: int) -> list[float] | None:
+        """Weight of guidance at each step, or None where every weight is 1."""
+        if not self.is_guided:
             return None
-        return guidance_weights(self.guidance_scale, self.guidance_power, num_tokens)
+        return guidance_weights(self.guidance_scale, self.guidance_power, num_steps, self.guidance_schedule)
+
+    def temperatures(self, num_steps: int) -> list[float]:
+        """Temperature of each step."""
+        if self.temperature_end is None:
+            return [self.temperature] * num_steps
+        change = self.temperature_end - self.temperature
+        return [self.temperature + change * (step + 1) / num_steps for step in range(num_steps)]
 
 
-def guidance_weights(scale: float, power: float, num_tokens: int) -> list[float]:
-    """Power-cosine guidance weights.
-
-    w_t = 1 + (scale - 1) * (1 - cos(pi * (t / L) ** power)) / 2,  t = 0 .. L - 1
-
-    Args:
-        scale: the weight reached at t = L.
-        power: > 0: w_0 = 1 and the rise is the later the larger it is; 0: every weight is `scale`.
-        num_tokens: L.
-
-    Returns:
-        L floats.
-
-    Source: RAR, `generate` of bytedance/1d-tokenizer modeling/rar.py.
-    """
-    # 0 ** 0 is 1, which makes power 0 the constant schedule
-    return [1 + (scale - 1) * (1 - math.cos(math.pi * (step / num_tokens) ** power)) / 2 for step in range(num_tokens)]
-
-
-def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+def probabilities(logits: Tensor, sampling: SamplingConfig, temperature: float | None = None) -> Tensor:
     """Distribution to draw from: softmax of logits / temperature, restricted to top-k and then top-p.
 
     Args:
         logits: (..., K) float; the softmax runs in float32.
-        sampling: temperature, top_k and top_p are read.
+        sampling: top_k and top_p are read.
+        temperature: of this step; None: `sampling.temperature`.
 
     Returns:
-        (..., K) float32, each row summing to 1. With top_k exactly min(top_k, K) codes stay (ties: those
-        `torch.topk` takes); with top_p at least the most probable one.
+        (..., K) float32, each row summing to 1. Codes as probable as the last of the top k stay with it. With top_p a
+        code stays while the more probable ones together hold less than it; of equal ones, the later counts as the
+        more probable.
+
+    Source: VAR (arXiv:2404.02905), whose order of the two filters and treatment of ties this is.
     """
-    scaled = logits.float() / sampling.temperature
+    scaled = logits.float() / (sampling.temperature if temperature is None else temperature)
     size = scaled.shape[-1]
     top_k = min(sampling.top_k or size, size)
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
     if top_k == size and top_p == 1.0:
         return scaled.softmax(-1)
-    # only the k best are sorted; without top_k that is the whole row
-    best, codes = scaled.topk(top_k, dim=-1)
-    kept = best.softmax(-1)
-    if top_p < 1.0:
-        # a code stays while the more probable ones together hold less than top_p; the first always does
-        before = kept.cumsum(-1) - kept
-        kept = kept.masked_fill(before >= top_p, 0.0)
-        kept = kept / kept.sum(-1, keepdim=True)
-    return torch.zeros_like(scaled).scatter_(-1, codes, kept)
+    # only the k best are sorted, and the others are compared with the last of them
+    best = scaled.topk(top_k, dim=-1).values
+    if top_k < size:
+        scaled = scaled.masked_fill(scaled < best[..., -1:], -torch.inf)
+    probs = scaled.softmax(-1)
+    if top_p == 1.0:
+        return probs
+    probs = probs.masked_fill(~_nucleus(scaled, best, top_p), 0.0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def _nucleus(scaled: Tensor, best: Tensor, top_p: float) -> Tensor:
+    """Which codes top-p keeps, (..., K) bool.
+
+    Args:
+        scaled: (..., K) float32 logits, -inf where top-k removed a code.
+        best: (..., k) the largest of them in falling order; there may be more codes as large as the last.
+    """
+    ordered = (best - scaled.logsumexp(-1, keepdim=True)).exp()
+    held = ordered.cumsum(-1)
+    kept = (held - ordered < top_p).sum(-1, keepdim=True).clamp_min(1)
+    # equal codes beyond the k sorted ones
+    ties = ((scaled > -torch.inf).sum(-1, keepdim=True) - best.shape[-1]).clamp_min(0)
+    more = ((top_p - held[..., -1:]) / ordered[..., -1:]).ceil()
+    kept = kept + torch.minimum(more.nan_to_num(0).clamp_min(0), ties).long()
+    least = best.gather(-1, kept.clamp_max(best.shape[-1]) - 1)
+    above = (best > least).sum(-1, keepdim=True)
+    equal = scaled == least
+    rank = equal.flip(-1).cumsum(-1).flip(-1)  # from 1, the last code first
+    return (scaled > least) | (equal & (rank <= kept - above))
 
 
 def race(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -107,9 +107,10 @@ def load_discriminator(stage: nn.Module, path: str) -> bool:
 
 
 def check_token_space(generator: nn.Module, tokenizer: nn.Module, path: str | Path) -> None:
-    """Refuse a tokenizer whose tokens mean something else than those the generator was trained on."""
+    """Refuse a tokenizer whose tokens are not those the generator was trained on; else bind the generator to it."""
     if generator.tokenizer_fingerprint != tokenizer.fingerprint():
         raise CheckpointError(
             f"the generator was trained on the tokens of tokenizer {generator.tokenizer_fingerprint}, but {path} is "
             f"{tokenizer.fingerprint()}; give the tokenizer it was trained with (or one post-trained from it)"
         )
+    generator.bind(tokenizer.quantizer)

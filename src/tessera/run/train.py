@@ -60,14 +60,9 @@ def train_generator(cfg: DictConfig, run: Path) -> dict[str, Any]:
     tokenizer = make(cfg.tokenizer)
     data = make(cfg.data)
     images = make(cfg.data.dataset)(split="train")
-    quantizer = tokenizer.quantizer
-    sizes = {
-        "codebook_size": quantizer.codebook_size,
-        "num_tokens": quantizer.num_tokens,
-        "num_branches": quantizer.num_branches,
-        "num_classes": images.num_classes,
-    }
-    generator = make(cfg.generator)(**sizes)
+    factory = make(cfg.generator)
+    sizes = factory.func.sizes(tokenizer.quantizer, images.num_classes)
+    generator = factory(**sizes)
     architecture = {"generator": {**plain(cfg.generator), **sizes, "_partial_": False}}
     stage = make(cfg.stage)(generator=generator, tokenizer=tokenizer)
     source = tokens_of_images(Path(cfg.paths.tokens), images, tokenizer, cfg.tokens.views, cfg.tokens.batch_size)

@@ -17,8 +17,12 @@ class Evaluation(lightning.LightningModule):
     Args:
         tokenizer: decodes reconstructions and generated tokens.
         generator: optional; None where only the tokenizer is evaluated.
-        sampling: how the generator is sampled.
+        sampling: how the generator is sampled; None: its plain sampling.
         seed: of the generated samples; sample number i depends on (seed, i) alone.
+
+    Raises:
+        CheckpointError: a generator of other token shapes than the tokenizer's.
+        ConfigError: sampling settings that the generator can't follow.
     """
 
     def __init__(
@@ -30,7 +34,11 @@ class Evaluation(lightning.LightningModule):
     ):
         super().__init__()
         self.tokenizer, self.generator = tokenizer, generator
-        self.sampling, self.seed = sampling or SamplingConfig(), seed
+        self.seed = seed
+        if generator is not None:
+            generator.bind(tokenizer.quantizer)
+            self.sampling = sampling or generator.sampling_types[0]()
+            generator.check_sampling(self.sampling)
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Any]:
         output = self.tokenizer(batch["image"])

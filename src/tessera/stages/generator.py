@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera.errors import ConfigError
 from tessera.frozen import Unregistered
 from tessera.generators.base import Generator
 from tessera.generators.sampling import SamplingConfig
@@ -30,7 +29,8 @@ class GeneratorTraining(Stage):
         gradient_clip, accumulate_grad_batches, seed: see `Stage`.
 
     Raises:
-        ConfigError: a generator of other token shapes than the tokenizer's.
+        CheckpointError: a generator of other token shapes than the tokenizer's.
+        ConfigError: sampling settings that the generator can't follow.
     """
 
     def __init__(
@@ -46,16 +46,12 @@ class GeneratorTraining(Stage):
         seed: int = 0,
     ):
         super().__init__(gradient_clip, accumulate_grad_batches, seed)
-        quantizer = tokenizer.quantizer
-        for name in ("codebook_size", "num_branches", "num_tokens"):
-            if getattr(generator, name) != getattr(quantizer, name):
-                raise ConfigError(
-                    f"generator.{name}={getattr(generator, name)} but the tokenizer has {getattr(quantizer, name)}"
-                )
+        generator.bind(tokenizer.quantizer)
         self.generator = generator
         self._tokenizer = Unregistered(tokenizer)
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
-        self.sampling, self.decay_rule = sampling or SamplingConfig(), decay_rule
+        self.sampling, self.decay_rule = sampling or generator.sampling_types[0](), decay_rule
+        generator.check_sampling(self.sampling)
 
     @property
     def tokenizer(self) -> Tokenizer:
