@@ -1,6 +1,7 @@
 """Every file of conf/, as it lies there: composes, resolves, has no unknown key, and builds."""
 
 import copy
+from functools import partial
 
 import hydra.utils
 import pytest
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 
 from conf_commands import CONF, PRIMARY, composed, expanded, script_commands
 from tessera.errors import ConfigError
+from tessera.quantizers import MultiScaleQuantizer, ProductQuantizer, VQCodebook
 from tessera.run.build import make
 from tessera.run.strict import RECIPES, check_config
 
@@ -81,6 +83,13 @@ def test_fast_mode_suits_every_experiment(name):
             hydra.utils.instantiate(cfg.stage[key])(optimizer, steps)
 
 
+def quantizer():
+    """Of a tokenizer that every generator can be built on."""
+    codebook = partial(VQCodebook, codebook_size=4096)
+    branch = partial(MultiScaleQuantizer, codebook=codebook, grids=[1, 2, 4], phi_convs=4)
+    return ProductQuantizer(branch=branch, branches=1, dim=8)
+
+
 def build_on_meta(cfg):
     """Constructs the models of a configuration without memory, those aside that are read from a checkpoint."""
     with torch.device("meta"):
@@ -90,7 +99,7 @@ def build_on_meta(cfg):
                 continue
             model = make(node)
             if node.get("_partial_"):
-                model = model(codebook_size=4096, num_tokens=256, num_classes=1000, num_branches=1)
+                model = model(**model.func.sizes(quantizer(), num_classes=1000))
             assert all(parameter.is_meta for parameter in model.parameters())
 
 
