@@ -5,8 +5,21 @@ import json
 import pytest
 import torch
 
+from golden_cases import golden
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
-from tessera.zoo import export, from_pretrained
+from tessera.zoo import export, from_pretrained, from_public
+from tessera.zoo.export import build
+
+# family and the files that together hold a published tokenizer
+PUBLISHED = [
+    ("ibq", ["ibq_tokenizer_enc", "ibq_tokenizer_dec"]),
+    ("maskgit_vqgan", ["maskgit_vqgan_encode", "maskgit_vqgan_decode"]),
+    ("titok", ["titok_two_stage"]),
+    ("titok", ["titok_single_stage_vq"]),
+    ("titok", ["titok_vae"]),
+    ("xqgan", ["xqgan_vp2"]),
+    ("xqgan", ["xqgan_cnn_msvr"]),
+]
 
 
 def config(codebook_size: int = 16, branches: int = 2) -> dict:
@@ -57,6 +70,31 @@ def test_round_trip_is_exact(tokenizer, tmp_path):
     again = from_pretrained(export(loaded, tmp_path / "again"))  # the config travels with the model
     assert again.architecture == config()
     assert torch.equal(again.tokenize(images), tokenizer.tokenize(images))
+
+
+@pytest.mark.usefixtures("shipped_files")
+@pytest.mark.parametrize(("family", "stems"), PUBLISHED, ids=[stems[0] for _, stems in PUBLISHED])
+def test_published_tokenizers_are_exported_without_a_config(family, stems, tmp_path):
+    files = [golden(stem) for stem in stems]
+    public = dict(files[0].config)
+    for part in ("model", "tiny_cnn", "tiny_backbone"):
+        public |= public.pop(part, None) or {}
+    model = from_public(family, public, {key: value for file in files for key, value in file.weights.items()})
+    loaded = from_pretrained(export(model, tmp_path))
+    images = torch.rand(2, 3, model.resolution, model.resolution) * 2 - 1
+    with torch.no_grad():
+        expected, found = model(images), loaded(images)
+    assert torch.equal(found.reconstruction, expected.reconstruction)
+    assert torch.equal(found.z, expected.z)
+    assert found.tokens is expected.tokens is None or torch.equal(found.tokens, expected.tokens)
+
+
+def test_values_that_a_part_refuses_are_named():
+    impossible = config()
+    impossible["quantizer"]["branch"]["codebook"]["ema_decay"] = 1.5
+    impossible["quantizer"]["branch"]["codebook"]["update"] = "ema"
+    with pytest.raises(ConfigError, match=r"ema_decay=1\.5"):
+        build(impossible, "test")
 
 
 def test_refuses_a_config_of_another_model(tokenizer, tmp_path):

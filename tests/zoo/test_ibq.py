@@ -10,6 +10,7 @@ from golden_cases import Golden, assert_close, assert_outputs, golden
 from tessera.errors import CheckpointError, ConfigError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo import from_public, ibq
+from tessera.zoo.export import build
 
 ENCODER, DECODER = "ibq_tokenizer_enc", "ibq_tokenizer_dec"
 
@@ -173,6 +174,6 @@ def test_attention_follows_the_configured_resolution():
         "double_z": False, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32,
         "ch_mult": [1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [32, 8], "dropout": 0.0,
     }  # fmt: skip
-    model = ibq.build({"n_embed": 8, "embed_dim": 4, "ddconfig": networks})
+    model = build(ibq.architecture({"n_embed": 8, "embed_dim": 4, "ddconfig": networks}), "the test")
     assert [len(level.attn) for level in model.encoder.conv_blocks] == [1, 0, 1]
     assert [len(level.attn) for level in model.decoder.conv_blocks] == [2, 0, 2]

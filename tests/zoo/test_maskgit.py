@@ -10,15 +10,16 @@ from tessera.backbones.cnn import Upsample
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo import from_public
+from tessera.zoo.export import build
 from tessera.zoo.keys import load_strictly, rename
-from tessera.zoo.maskgit import PUBLISHED, build, maskgit_vqgan, rules
+from tessera.zoo.maskgit import PUBLISHED, architecture, maskgit_vqgan, rules
 
 ENCODE, DECODE = "maskgit_vqgan_encode", "maskgit_vqgan_decode"
 
 
 def published(file: Golden, weights: dict[str, torch.Tensor] | None = None) -> Tokenizer:
     """The tokenizer that a file holds one half of; the other half stays random. Nothing else may be missing."""
-    tokenizer = build(file.config)
+    tokenizer = build(architecture(file.config), "the golden file")
     renamed = rename(file.weights if weights is None else weights, rules(len(tokenizer.decoder.levels)))
     other = "decoder." if any(key.startswith("encoder.") for key in renamed) else "encoder."
     filled = {key: value for key, value in tokenizer.state_dict().items() if key.startswith(other)}
@@ -121,7 +122,7 @@ def test_loading_is_strict(case):
 
 def test_published_names():
     config = {**PUBLISHED, "hidden_channels": 32, "channel_mult": (1, 2), "num_resolutions": 2, "resolution": 16}
-    ours = build({**config, "z_channels": 4, "num_embeddings": 8})
+    ours = build(architecture({**config, "z_channels": 4, "num_embeddings": 8}), "the test")
     found = {
         "quantize.embedding.weight": ours.quantizer.branches[0].codebooks[0].embedding,
         "encoder.down.1.block.0.nin_shortcut.weight": ours.encoder.levels[1].res[0].nin_shortcut.weight,

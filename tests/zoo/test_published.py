@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tessera.tokenizers import Tokenizer
 from tessera.zoo import ibq, maskgit, titok, var
+from tessera.zoo.export import build
 from tessera.zoo.keys import XQGAN_IGNORED, key_problems, rename
 from tessera.zoo.taming import split_qkv
 
@@ -37,12 +38,12 @@ def built(family: str, name: str) -> tuple[Tokenizer, dict[str, Tensor]]:
     state = meta_state(family, name)
     with torch.device("meta"):
         if family == "ibq":
-            return ibq.build(config), rename(ibq.public_weights(state), ibq.rules(5))
+            return build(ibq.architecture(config), name), rename(ibq.public_weights(state), ibq.rules(5))
         if family == "var":
             return var.build(config), rename(split_qkv(state), var.rules(5), XQGAN_IGNORED)
         if name.startswith("maskgit"):
-            return maskgit.build(config), rename(state, maskgit.rules(5))
-        tokenizer = titok.build(config)
+            return build(maskgit.architecture(config), name), rename(state, maskgit.rules(5))
+        tokenizer = build(titok.architecture(config), name)
         return tokenizer, titok.renamed(tokenizer, state)
 
 

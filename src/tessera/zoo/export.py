@@ -15,7 +15,7 @@ from torch import nn
 
 import tessera
 from tessera.backbones.tuning import merge
-from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.errors import CheckpointError, ConfigError, MissingFileError, TesseraError
 from tessera.zoo.keys import key_problems, load_strictly
 
 FORMAT = "tessera"
@@ -68,16 +68,27 @@ def plain_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 def build(config: Mapping[str, Any], source: str) -> nn.Module:
     """Instantiate the `_target_` tree of one model, which may name parts of tessera only.
 
+    Returns:
+        The model, whose `architecture` is the tree, so that it can be exported.
+
     Raises:
         CheckpointError: a foreign `_target_`.
         ConfigError: no `_target_`, or values that its parts refuse.
     """
     import hydra.utils
+    from hydra.errors import InstantiationException
 
     _refuse_foreign_targets(config, source)
     if "_target_" not in config:
         raise ConfigError(f"{source} has no _target_; it is not the config of one model")
-    return hydra.utils.instantiate(dict(config), _convert_="all")
+    try:
+        model = hydra.utils.instantiate(dict(config), _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, TesseraError):
+            raise error.__cause__ from None
+        raise
+    model.architecture = config
+    return model
 
 
 def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> Path:
@@ -89,7 +100,7 @@ def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | Non
         model: tokenizer or generator.
         folder: created where needed.
         config: resolved `_target_` tree (plain dicts, lists, numbers, strings) that builds the model; None:
-            the model's `architecture`, which training and loading set.
+            the model's `architecture`, which training, `from_pretrained` and `from_public` set.
 
     Returns:
         The folder.
@@ -144,5 +155,4 @@ def from_pretrained(folder: str | Path) -> nn.Module:
             f"{folder} has tokens of fingerprint {model.fingerprint()}, but was exported as {stored}; "
             "the weights or config.json were changed afterwards"
         )
-    model.architecture = description["config"]
     return model.eval()

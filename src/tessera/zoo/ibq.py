@@ -1,16 +1,15 @@
 """Tokenizers of IBQ (TencentARC/SEED-Voken) from their published hyper-parameters and weights."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from tessera.backbones import CNNDecoder, CNNEncoder
 from tessera.errors import CheckpointError, ConfigError
-from tessera.quantizers import IBQCodebook, ProductQuantizer, SingleGridQuantizer
 from tessera.tokenizers import Tokenizer
+from tessera.zoo.export import build
 from tessera.zoo.keys import Rules, load_strictly, rename
+from tessera.zoo.nodes import Node, single_grid
 from tessera.zoo.taming import cnn_rules
 
 WEIGHTS = ("ema", "live")
@@ -58,8 +57,12 @@ def public_weights(checkpoint: Mapping[str, Any], weights: str = "ema") -> dict[
     return {names[name]: value for name, value in shadows.items()}
 
 
-def build(config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of published hyper-parameters; arguments and errors as `from_public`."""
+def architecture(config: Mapping[str, Any]) -> Node:
+    """The `_target_` tree that builds the tokenizer of published hyper-parameters; see `from_public`.
+
+    Raises:
+        ConfigError: an option that is missing or not supported.
+    """
     missing = [name for name in ("n_embed", "embed_dim", "ddconfig") if name not in config]
     if missing:
         raise ConfigError(f"the published config lacks {', '.join(missing)}")
@@ -72,7 +75,7 @@ def build(config: Mapping[str, Any]) -> Tokenizer:
     levels = len(networks["ch_mult"])
     sizes = {
         "channels": networks["ch"],
-        "channel_multipliers": tuple(networks["ch_mult"]),
+        "channel_multipliers": list(networks["ch_mult"]),
         "num_res_blocks": networks["num_res_blocks"],
         "z_channels": networks["z_channels"],
         "norm_groups": config.get("num_groups", 32),
@@ -82,20 +85,23 @@ def build(config: Mapping[str, Any]) -> Tokenizer:
             level for level in range(levels) if networks["resolution"] // 2**level in networks["attn_resolutions"]
         ],
     }
-    codebook = partial(
-        IBQCodebook,
-        codebook_size=config["n_embed"],
-        use_entropy=config.get("use_entropy_loss", True),
-        entropy_temperature=config.get("entropy_temperature", 0.01),
-    )
-    return Tokenizer(
-        encoder=CNNEncoder(**sizes, in_channels=networks.get("in_channels", 3)),
-        quantizer=ProductQuantizer(
-            branch=partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=config["embed_dim"]
+    return {
+        "_target_": "tessera.tokenizers.Tokenizer",
+        "encoder": {
+            "_target_": "tessera.backbones.CNNEncoder",
+            **sizes,
+            "in_channels": networks.get("in_channels", 3),
+        },
+        "quantizer": single_grid(
+            "IBQCodebook",
+            config["embed_dim"],
+            codebook_size=config["n_embed"],
+            use_entropy=config.get("use_entropy_loss", True),
+            entropy_temperature=config.get("entropy_temperature", 0.01),
         ),
-        decoder=CNNDecoder(**sizes, in_channels=networks.get("out_ch", 3)),
-        resolution=networks["resolution"],
-    )
+        "decoder": {"_target_": "tessera.backbones.CNNDecoder", **sizes, "in_channels": networks.get("out_ch", 3)},
+        "resolution": networks["resolution"],
+    }
 
 
 def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any], weights: str = "ema") -> Tokenizer:
@@ -115,7 +121,7 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any], weight
         ConfigError: an option that is missing or not supported.
         CheckpointError: weights that do not fit; lists missing, unexpected and mis-shaped keys.
     """
-    tokenizer = build(config)
+    tokenizer = build(architecture(config), "the published config")
     state = rename(public_weights(state_dict, weights), rules(len(config["ddconfig"]["ch_mult"])))
     load_strictly(tokenizer, state, "the published checkpoint")
     return tokenizer.eval()

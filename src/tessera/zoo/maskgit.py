@@ -1,17 +1,16 @@
 """MaskGIT's VQGAN from its published weights (`fun-research/TiTok`, maskgit-vqgan-imagenet-f16-256.bin)."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tessera.backbones import MaskGITDecoder, MaskGITEncoder
 from tessera.errors import ConfigError
-from tessera.quantizers import ProductQuantizer, SingleGridQuantizer, VQCodebook
 from tessera.tokenizers import Tokenizer
+from tessera.zoo.export import build
 from tessera.zoo.keys import Rules, load_strictly, read_public, rename
+from tessera.zoo.nodes import Node, single_grid
 
 # The published network of 256 x 256 images
 PUBLISHED: Mapping[str, Any] = {
@@ -64,7 +63,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if missing:
         raise ConfigError(f"the published config lacks {', '.join(missing)}")
-    multipliers = tuple(config["channel_mult"])
+    multipliers = list(config["channel_mult"])
     if config.get("num_resolutions", len(multipliers)) != len(multipliers):
         raise ConfigError(
             f"num_resolutions={config['num_resolutions']} of the published config contradicts the "
@@ -80,23 +79,27 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def build(config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of published hyper-parameters, flat or with those of the networks under `vqgan`."""
+def architecture(config: Mapping[str, Any]) -> Node:
+    """The `_target_` tree that builds the tokenizer of published hyper-parameters, flat or with networks under `vqgan`.
+
+    Raises:
+        ConfigError: an option that is missing.
+    """
     config = {**config, **config.get("vqgan", {})}
     networks = sizes(config)
     missing = [name for name in ("num_embeddings", "resolution") if name not in config]
     if missing:
         raise ConfigError(f"the published config lacks {', '.join(missing)}")
-    codebook = partial(VQCodebook, codebook_size=config["num_embeddings"], l2_normalize=False)
-    return Tokenizer(
-        encoder=MaskGITEncoder(**networks),
-        quantizer=ProductQuantizer(
-            branch=partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=networks["z_channels"]
+    return {
+        "_target_": "tessera.tokenizers.Tokenizer",
+        "encoder": {"_target_": "tessera.backbones.MaskGITEncoder", **networks},
+        "quantizer": single_grid(
+            "VQCodebook", networks["z_channels"], codebook_size=config["num_embeddings"], l2_normalize=False
         ),
-        decoder=MaskGITDecoder(**networks),
-        resolution=config["resolution"],
-        projection_kernel=None,
-    )
+        "decoder": {"_target_": "tessera.backbones.MaskGITDecoder", **networks},
+        "resolution": config["resolution"],
+        "projection_kernel": None,
+    }
 
 
 def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Tokenizer:
@@ -114,7 +117,7 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> 
         ConfigError: an option that is missing.
         CheckpointError: weights that do not fit; lists missing, unexpected and mis-shaped keys.
     """
-    tokenizer = build(config)
+    tokenizer = build(architecture(config), "the published config")
     renamed = rename(state_dict, rules(len(tokenizer.decoder.levels)))
     load_strictly(tokenizer, renamed, "the published checkpoint")
     return tokenizer.eval()

@@ -5,18 +5,18 @@ keys are kept here, as they decide the architecture: finetune_decoder true, quan
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessera.backbones import MaskGITDecoder, TiTokDecoder, TiTokEncoder, TiTokProxyDecoder
+from tessera.backbones import TiTokProxyDecoder
 from tessera.backbones.titok_layers import SIZES
 from tessera.errors import ConfigError
-from tessera.quantizers import GaussianBottleneck, ProductQuantizer, SingleGridQuantizer, VQCodebook
 from tessera.tokenizers import Tokenizer
 from tessera.zoo import maskgit
+from tessera.zoo.export import build
 from tessera.zoo.keys import Rules, load_strictly, rename
+from tessera.zoo.nodes import Node, single_grid
 
 _TRANSFORMER: Rules = (
     (r"(encoder|decoder)\.positional_embedding", r"\1.position_embedding"),
@@ -80,20 +80,26 @@ def _transformer(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     }
 
 
-def _quantizer(config: Mapping[str, Any]) -> nn.Module:
+def _quantizer(config: Mapping[str, Any]) -> Node:
     mode = config.get("quantize_mode", "vq")
     if mode == "vae":
-        return GaussianBottleneck(config["token_size"])
+        return {"_target_": "tessera.quantizers.GaussianBottleneck", "dim": config["token_size"]}
     if mode != "vq":
         raise ConfigError(f"quantize_mode={mode!r} of the published config is unknown; it is vq or vae")
     if "codebook_size" not in config:
         raise ConfigError("the published config lacks codebook_size")
-    codebook = partial(VQCodebook, codebook_size=config["codebook_size"], l2_normalize=config.get("use_l2_norm", False))
-    return ProductQuantizer(partial(SingleGridQuantizer, codebook=codebook), branches=1, dim=config["token_size"])
+    normalize = config.get("use_l2_norm", False)
+    return single_grid(
+        "VQCodebook", config["token_size"], codebook_size=config["codebook_size"], l2_normalize=normalize
+    )
 
 
-def build(config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of published hyper-parameters; arguments and errors as `from_public`."""
+def architecture(config: Mapping[str, Any]) -> Node:
+    """The `_target_` tree that builds the tokenizer of published hyper-parameters; see `from_public`.
+
+    Raises:
+        ConfigError: an option that is missing or not supported.
+    """
     config = _flat(config)
     two_stage, legacy = config.get("finetune_decoder", True), config.get("is_legacy", True)
     if two_stage and config.get("quantize_mode", "vq") == "vae":
@@ -109,18 +115,26 @@ def build(config: Mapping[str, Any]) -> Tokenizer:
             "finetune_decoder=true with is_legacy=false of the published config has no proxy codes to decode: no such "
             "weights exist"
         )
-    encoder = TiTokEncoder(**_transformer(config, "enc"), latent_layout="reshaped" if legacy else "transposed")
+    decoder = {"_target_": "tessera.backbones.TiTokDecoder", **_transformer(config, "dec")}
     if two_stage:
         sizes = config.get("sizes", {})
         pixel = maskgit.sizes(sizes.get("pixel_decoder", maskgit.PUBLISHED))
-        decoder: nn.Module = TiTokProxyDecoder(
-            **_transformer(config, "dec"),
-            proxy_codebook_size=sizes.get("proxy_codebook_size", maskgit.PUBLISHED["num_embeddings"]),
-            pixel_decoder=MaskGITDecoder(**pixel),
-        )
-    else:
-        decoder = TiTokDecoder(**_transformer(config, "dec"))
-    return Tokenizer(encoder, _quantizer(config), decoder, config["crop_size"])
+        decoder |= {
+            "_target_": "tessera.backbones.TiTokProxyDecoder",
+            "proxy_codebook_size": sizes.get("proxy_codebook_size", maskgit.PUBLISHED["num_embeddings"]),
+            "pixel_decoder": {"_target_": "tessera.backbones.MaskGITDecoder", **pixel},
+        }
+    return {
+        "_target_": "tessera.tokenizers.Tokenizer",
+        "encoder": {
+            "_target_": "tessera.backbones.TiTokEncoder",
+            **_transformer(config, "enc"),
+            "latent_layout": "reshaped" if legacy else "transposed",
+        },
+        "quantizer": _quantizer(config),
+        "decoder": decoder,
+        "resolution": config["crop_size"],
+    }
 
 
 def renamed(tokenizer: Tokenizer, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,6 +169,6 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> 
         ConfigError: an option that is missing or not supported.
         CheckpointError: weights that do not fit; lists missing, unexpected and mis-shaped keys.
     """
-    tokenizer = build(config)
+    tokenizer = build(architecture(config), "the published config")
     load_strictly(tokenizer, renamed(tokenizer, state_dict), "the published checkpoint")
     return tokenizer.eval()

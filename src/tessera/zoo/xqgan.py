@@ -14,9 +14,9 @@ from tessera.errors import CheckpointError, ConfigError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo.export import build
 from tessera.zoo.keys import XQGAN, XQGAN_BINARY_IGNORED, XQGAN_IGNORED, load_strictly, rename
+from tessera.zoo.nodes import Node
 
 _VQ16 = (1, 1, 2, 2, 4)
-Node = dict[str, Any]
 
 
 def public_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -215,5 +215,4 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Tok
         _check_magnitudes(config, weights)
         ignored = (*ignored, *XQGAN_BINARY_IGNORED)
     load_strictly(tokenizer, rename(weights, XQGAN, ignored), "the published checkpoint")
-    tokenizer.architecture = node
     return tokenizer.eval()
