@@ -1,14 +1,15 @@
 """Claim: exact quantizers need no N x K table, and are faster without one.
 
 Per case, in one run, on the same latents and codes: our quantizer, the same formula on N x K tables as public
-tokenizers write it (naive), and vector-quantize-pytorch where it has such a quantizer. For the search also the bound:
-block-wise products with a row maximum, in several block sizes. Sides run one after the other, each the best of several
-runs after one to warm up; peak memory is by the allocator's records and includes gradients. Sides that would not fit
-into memory are named and left out.
+tokenizers write it (naive), and vector-quantize-pytorch where it has such a quantizer. For search and vq also the
+bound: block-wise products with a row maximum, in several block sizes. Sides run one after the other, each the best of
+several runs after one to warm up; peak memory is by the allocator's records and includes gradients. Sides that would
+need more than `--memory` (by default 60 % of what is free) or take more than `--patience` are named and left out.
 
 `search`: the codes alone. `vq`: unit vectors, codebook and commitment loss; the library's with its moving averages
 instead of a gradient of the codes. `ibq`: with both entropy terms. `lfq`, `bsq`: log2 K bits (whatever d), entropy
-terms: ours in closed form over bits, naive over the K codes; the library computes entropies in training only.
+terms: ours in closed form over bits, naive over the K codes; the library computes entropies in training only. `mslfq`,
+`msbsq`: those bits on ten grids up to 16 x 16, of N / 256 images; naive differs in the entropy terms alone.
 
     python benchmarks/quantizers.py           # a few sizes, minutes
     python benchmarks/quantizers.py --all     # N 1024, 16384; d 32, 64, 256; K 4096, 16384, 262144
@@ -19,9 +20,12 @@ import argparse
 import importlib.util
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +37,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import peak_bytes, seconds
 
 import tessera.quantizers as ours
-from tessera.quantizers import IBQCodebook, VQCodebook, nearest_codes
+from tessera.quantizers import IBQCodebook, MultiScaleQuantizer, VQCodebook, nearest_codes
+from tessera.quantizers.multiscale import rows_of
 
-KINDS = ("search", "vq", "ibq", "lfq", "bsq")
+KINDS = ("search", "vq", "ibq", "lfq", "bsq", "mslfq", "msbsq")
+BINARY = KINDS[3:]
 QUICK = [(1024, 64, 4096), (1024, 256, 16384), (1024, 256, 262144)]
 TOKENS, DIMS, SIZES = (1024, 16384), (32, 64, 256), (4096, 16384, 262144)
-# N x K tables of 4 bytes that a side holds at its peak, to refuse in time what can't fit (ibq: notes and measurement)
-TABLES = {
-    "naive": {"search": 3, "vq": 4, "ibq": 10, "lfq": 7, "bsq": 7},
-    "vector-quantize-pytorch": {"vq": 4, "lfq": 7},
-}
-TABLES["vector-quantize-pytorch"]["bsq"] = TABLES["vector-quantize-pytorch"]["lfq"]
+GRIDS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 LIBRARY = "vector-quantize-pytorch"
+# N x K tables of 4 bytes that a side holds at its peak (forward, forward+backward), measured at small sizes, to refuse
+# in time what can't fit
+TABLES = {
+    "naive": {"search": (3, 3), "vq": (4, 4), "ibq": (8, 9), "lfq": (5, 6), "mslfq": (5, 24)},
+    LIBRARY: {"vq": (5, 5), "lfq": (1, 8)},
+}
+for _tables in TABLES.values():
+    _tables |= {kind.replace("lfq", "bsq"): tables for kind, tables in _tables.items() if "lfq" in kind}
 
 # latents (N, d) with gradient -> (quantised (N, d) or None, indices (N,), loss)
 Quantize = Callable[[Tensor], tuple[Tensor | None, Tensor, Tensor | None]]
@@ -142,6 +151,17 @@ class NaiveBinary(nn.Module):
         return x + (codes - x).detach(), (positive * self.place).sum(1), F.mse_loss(x, codes) + 0.1 * (sample + batch)
 
 
+def naive_penalties(codebook: nn.Module, device: torch.device) -> Callable[..., dict[str, Tensor]]:
+    """Entropy terms of a binary codebook over its K codes, to stand in for its own `penalties`."""
+    codes = codebook.lookup(torch.arange(codebook.codebook_size, device=device))
+
+    def penalties(x: Tensor, mask: Tensor | None = None, gain: float = 1.0) -> dict[str, Tensor]:
+        sample, batch = naive_entropies(2 * gain * x @ codes.t())
+        return {"entropy_sample": sample, "entropy_batch": batch}
+
+    return penalties
+
+
 def our_loss(losses: dict[str, Tensor]) -> Tensor:
     weights = {"joint": 1.0, "codebook": 1.0, "commitment": 0.25, "entropy_sample": 0.05, "entropy_batch": 0.05}
     if "joint" in losses:
@@ -170,12 +190,32 @@ def library_side(module: nn.Module, reverse: bool = False) -> Side:
     return Side(LIBRARY, quantize, module, tuple(p for p in module.parameters() if p.requires_grad))
 
 
+def multiscale_side(name: str, codebook: Callable[..., nn.Module], dim: int, device: torch.device) -> Side:
+    torch.manual_seed(0)  # of phi, so that the sides walk through the same residuals
+    quantizer = MultiScaleQuantizer(dim, codebook, GRIDS).to(device)
+    if name == "naive":
+        for unit in quantizer.codebooks:
+            unit.penalties = naive_penalties(unit, device)
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = quantizer(x.view(-1, GRIDS[-1], GRIDS[-1], dim).permute(0, 3, 1, 2))
+        return rows_of(out.z_q), out.tokens, our_loss(out.losses)
+
+    return Side(name, quantize, quantizer, tuple(quantizer.parameters()))
+
+
 def bound(x: Tensor, codes: Tensor, scores: int) -> Tensor:
     rows = max(16, scores // len(codes))
     return torch.cat([(part @ codes.t()).max(1).indices for part in x.split(rows)])
 
 
-def sides(kind: str, x: Tensor, codes: Tensor) -> Iterator[Side]:
+def bounds(codes: Tensor) -> Iterator[Side]:
+    """Block-wise searches for unit codes, in the block sizes that are fastest."""
+    for scores in (18, 20, 22) if codes.device.type == "cpu" else (25, 28):
+        yield Side(f"bound, blocks of 2^{scores}", lambda x, s=scores: (None, bound(x, codes, 1 << s), None))
+
+
+def sides(kind: str, what: str, x: Tensor, codes: Tensor) -> Iterator[Side]:
     """The implementations of a kind, ours first; made one by one, so that each has the memory to itself."""
     (size, dim), device = codes.shape, x.device
     installed = importlib.util.find_spec("vector_quantize_pytorch")
@@ -184,14 +224,15 @@ def sides(kind: str, x: Tensor, codes: Tensor) -> Iterator[Side]:
         unit = F.normalize(codes, dim=1)
         yield Side("ours", lambda x: (None, nearest_codes(x, unit, metric="dot"), None))
         yield Side("naive", lambda x: (None, naive_distances(x, unit).argmin(1), None))
-        for scores in (18, 20, 22) if device.type == "cpu" else (25, 28):
-            yield Side(f"bound, blocks of 2^{scores}", lambda x, s=scores: (None, bound(x, unit, 1 << s), None))
+        yield from bounds(unit)
     elif kind in ("vq", "ibq"):
         codebook = (VQCodebook if kind == "vq" else IBQCodebook)(dim, size).to(device)
         with torch.no_grad():
             codebook.embedding.copy_(codes)
         yield codebook_side(codebook)
         del codebook
+        if kind == "vq" and what == "forward":
+            yield from bounds(F.normalize(codes, dim=1))
         yield module_side("naive", (NaiveVQ if kind == "vq" else NaiveIBQ)(codes))
         if kind == "vq" and library:
             # its cosine codebook learns by moving averages only; decay 1 does the work and leaves the codes as they are
@@ -200,6 +241,10 @@ def sides(kind: str, x: Tensor, codes: Tensor) -> Iterator[Side]:
                 module._codebook.embed.copy_(F.normalize(codes, dim=1)[None])
                 module._codebook.embed_avg.copy_(module._codebook.embed)
             yield library_side(module)
+    elif kind.startswith("ms"):
+        codebook = partial(getattr(ours, f"{kind[2:].upper()}Codebook"), bits=dim)
+        for name in ("ours", "naive"):
+            yield multiscale_side(name, codebook, dim, device)
     else:
         yield codebook_side(getattr(ours, f"{kind.upper()}Codebook")(dim, bits=dim).to(device))
         yield module_side("naive", NaiveBinary(dim, kind == "bsq", device))
@@ -216,18 +261,34 @@ def available_bytes(device: torch.device) -> int:
     return found[0] if found else 8 << 30
 
 
-def too_large(kind: str, side: str, tokens: int, size: int, device: torch.device) -> str | None:
+def too_large(kind: str, side: str, tokens: int, size: int, what: str, options: argparse.Namespace) -> str | None:
     """Why a side is left out; None: it fits."""
-    tables = TABLES.get(side, {}).get(kind, 0)
-    needed, limit = tables * 4 * tokens * size, 0.6 * available_bytes(device)
-    return None if needed < limit else f"needs about {needed / 2**30:.0f} GiB, {limit / 2**30:.0f} are free"
+    needed = TABLES.get(side, {}).get(kind, (0, 0))[what == "forward+backward"] * 4 * tokens * size
+    limit = 0.6 * available_bytes(options.device) if options.memory is None else options.memory * 2**30
+    return None if needed < limit else f"needs about {needed / 2**30:.1f} GiB, more than {limit / 2**30:.1f}"
+
+
+@contextmanager
+def patience(limit: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after `limit` seconds, at the end of the operation that runs then."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def measured(
     kind: str, tokens: int, dim: int, size: int, what: str, half: bool, options: argparse.Namespace
 ) -> list[Result]:
     device = options.device
-    if kind in ("lfq", "bsq"):
+    if kind in BINARY:
         dim = round(math.log2(size))
     generator = torch.Generator().manual_seed(0)
     # the spread that IBQ's encoder has at initialisation; the other kinds don't depend on it
@@ -236,10 +297,11 @@ def measured(
     upstream = torch.randn(tokens, dim, generator=generator).to(device)
     results: list[Result] = []
     reference = None
-    for side in sides(kind, x, codes):
-        reason = too_large(kind, side.name, tokens, size, device)
+    for side in sides(kind, what, x, codes):
+        case = f"{kind:6s} N={tokens:<5d} d={dim:<3d} K={size:<6d} {what:16s} {side.name}"
+        reason = too_large(kind, side.name, tokens, size, what, options)
         if reason:
-            print(f"  {kind:6s} N={tokens} d={dim} K={size} {what}: {side.name} skipped, it {reason}", flush=True)
+            print(f"  {case} skipped: {reason}", flush=True)
             continue
         if side.module is not None:
             side.module.train(what == "forward+backward")
@@ -258,9 +320,14 @@ def measured(
             torch.autograd.grad(total, (leaf, *side.parameters), allow_unused=True)
             found[:] = [indices]
 
-        time = seconds(step, options.repeats, device, options.limit)
+        try:
+            with patience(options.patience):
+                time = seconds(step, options.repeats, device, options.limit)
+                memory = peak_bytes(step, device)
+        except TimeoutError as error:
+            print(f"  {case} stopped: {error}", flush=True)
+            continue
         reference = found[0] if reference is None else reference
-        memory = peak_bytes(step, device)
         result = Result(
             kind=kind,
             tokens=tokens,
@@ -297,11 +364,8 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
     else:
         grid = QUICK
     for kind in options.kinds:
-        if kind in ("lfq", "bsq") and not hasattr(ours, f"{kind.upper()}Codebook"):
-            print(f"  {kind}: tessera.quantizers has no {kind.upper()}Codebook, left out")
-            continue
         # sign patterns have log2 K dimensions whatever d is
-        once = {(n, 0, k): None for n, _, k in grid} if kind in ("lfq", "bsq") else dict.fromkeys(grid)
+        once = {(n, 0, k): None for n, _, k in grid} if kind in BINARY else dict.fromkeys(grid)
         for case in once:
             yield kind, *case
 
@@ -321,6 +385,8 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="default: fp32, with CUDA also bf16")
     parser.add_argument("--repeats", default=3, type=int)
     parser.add_argument("--limit", default=5.0, type=float, help="seconds after which a measurement isn't repeated")
+    parser.add_argument("--memory", type=float, help="GiB that a side may need; default: 60 %% of what is free")
+    parser.add_argument("--patience", default=1800.0, type=float, help="seconds after which a side is stopped")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if options.device.type == "cpu":
