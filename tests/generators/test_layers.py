@@ -34,8 +34,9 @@ def test_attention_is_the_formula():
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_for_few_rows(rows, dtype):
-    layer, x = Linear(6, 9).to(dtype), torch.randn(rows, 1, 6, dtype=dtype)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_for_few_rows(rows, dtype, bias):
+    layer, x = Linear(6, 9, bias=bias).to(dtype), torch.randn(rows, 1, 6, dtype=dtype)
     expected = F.linear(x, layer.weight, layer.bias)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:

@@ -27,7 +27,11 @@ class Linear(nn.Linear):
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        columns = torch.addmm(self.bias[:, None], self.weight, x.reshape(-1, self.in_features).t())
+        columns = x.reshape(-1, self.in_features).t()
+        if self.bias is None:
+            columns = self.weight @ columns
+        else:
+            columns = torch.addmm(self.bias[:, None], self.weight, columns)
         return columns.t().contiguous().view(*x.shape[:-1], self.out_features)
 
 
