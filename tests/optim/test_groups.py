@@ -9,22 +9,49 @@ from tessera.errors import ConfigError
 from tessera.optim import decay_groups, decayed_names
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("case", ["rar_forward"])
-def test_published_decay_groups(case):
-    data = golden(case)
-    tree = nn.Module()
-    for name, value in data.weights.items():
+def tree(weights):
+    """A module with these parameters, by their dotted names."""
+    root = nn.Module()
+    for name, value in weights.items():
         *path, leaf = name.split(".")
-        node = tree
+        node = root
         for part in path:
             if part not in node._modules:
                 node.add_module(part, nn.Module())
             node = node._modules[part]
         node.register_parameter(leaf, nn.Parameter(value.clone()))
-    decayed = decayed_names(tree, "public")
+    return root
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["rar_forward"])
+def test_published_decay_groups(case):
+    data = golden(case)
+    decayed = decayed_names(tree(data.weights), "public")
     assert decayed == set(json.loads(data.metadata["weight_decay"]))
     assert set(data.weights) - decayed == set(json.loads(data.metadata["no_weight_decay"]))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_p1_train"])
+def test_published_decay_groups_of_var(case):
+    data = golden(case)
+    final = {name.removeprefix("final/"): v for name, v in data.output.items() if name.startswith("final/")}
+    assert set(final) - decayed_names(tree(final), "var") == set(data.config["no_decay"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("matrix", {"scale_mul_1H11", "head.weight", "head.bias", "norm.gamma"}),
+        ("var", {"head.weight"}),
+        ("public", {"scale_mul_1H11", "head.weight"}),
+        ("all", {"scale_mul_1H11", "head.weight", "head.bias", "norm.gamma", "norm.beta"}),
+    ],
+)
+def test_rules_by_shape_and_name(rule, expected):
+    shapes = {"scale_mul_1H11": (1, 2, 1, 1), "head.weight": (2, 3), "head.bias": (2, 1), "norm.gamma": (1, 3)}
+    assert decayed_names(tree({n: torch.zeros(s) for n, s in {**shapes, "norm.beta": (3,)}.items()}), rule) == expected
 
 
 def test_decay_groups_cover_every_trainable_parameter_once():

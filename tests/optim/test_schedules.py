@@ -11,7 +11,7 @@ from tessera.optim import (
     CosineSchedule,
     DropSchedule,
     EpochCosineSchedule,
-    HeldLinearSchedule,
+    HeldSchedule,
     LinearSchedule,
 )
 from tessera.optim.schedules import cosine_lr, epoch_cosine_lr
@@ -60,16 +60,44 @@ def test_published_rates_per_epoch(case):
     assert_close(data.output["lr_disc"][:start], data.output["lr_disc"][start].expand(start))
 
 
+HELD = {
+    "cos": {"shape": "cosine", "hold": 0.0},
+    "lin": {"hold": 0.15},
+    "lin0": {"hold": 0.05},
+    "lin00": {"hold": 0.0},
+    "exp": {"shape": "exponential", "hold": 0.15},
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_schedules"])
+def test_published_rates_of_var(case):
+    data = golden(case)
+    for name, options in data.config["runs"].items():
+        kind = options["sche"]
+        schedule = HeldSchedule(
+            **HELD.get(kind) or {"hold": 0.0, "knee": float(kind.removeprefix("lin"))},
+            warmup_factor=options["wp0"],
+            warmup_steps=options["wp_it"],
+            end_factor=options["wpe"],
+            end_weight_decay=options["wd_end"],
+        )
+        found = course(schedule, options["max_it"], options["peak_lr"], options["wd"])
+        assert_close(found[0], data.output[f"{name}/lr"], atol=0, rtol=1e-12)
+        assert_close(found[1], data.output[f"{name}/wd"], atol=0, rtol=1e-12)
+        assert (found[2] == 0).all()
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("case", ["ibq_schedules"])
 def test_published_rates_of_ibq(case):
     data, close = golden(case), {"atol": 1e-12, "rtol": 2e-6}
     for name, options in data.config["ar"].items():
         lr, decay = options["lr"], options["weight_decay"]
-        schedule = HeldLinearSchedule(
-            warmup_lr=lr * options["wp0"],
+        schedule = HeldSchedule(
+            warmup_factor=options["wp0"],
             warmup_steps=round(options["wp"] * options["iters_per_epoch"]),
-            min_lr=lr * options["wpe"],
+            end_factor=options["wpe"],
             end_weight_decay=options["twde"] or decay,
         )
         found = course(schedule, options["max_epochs"] * options["iters_per_epoch"], lr, decay)
@@ -79,19 +107,10 @@ def test_published_rates_of_ibq(case):
         assert_close(found[1], data.output[f"ar/{name}/wd_nodecay_group"].double(), **close)
     for name, options in data.config["pretrain"].items():
         lr, total, warmup = options["lr"], options["max_iter"], options["wp_iter"]
-        ends = {"warmup_steps": warmup, "min_lr": lr * options["wpe"]}
-        expected = data.output[f"pretrain/{name}/lr"].double()
-        if options["sche_type"] == "lin0":
-            schedule = HeldLinearSchedule(warmup_lr=lr * options["wp0"], **ends)
-            assert_close(course(schedule, total, lr)[0], expected, **close)
-        else:  # which reaches its end with the last step
-            assert options["sche_type"] == "cos"
-            ours = [cosine_lr(step, lr, warmup, total - 1, ends["min_lr"]) for step in range(total)]
-            # its warm-up may start above 0, as that of the other schedule does
-            rising = HeldLinearSchedule(warmup_lr=lr * options["wp0"], **ends)
-            rising = course(rising, total, lr)[0]
-            ours = rising.where(torch.arange(total) < warmup, torch.tensor(ours, dtype=torch.float64))
-            assert_close(ours, expected, **close)
+        schedule = HeldSchedule(
+            **HELD[options["sche_type"]], warmup_factor=options["wp0"], warmup_steps=warmup, end_factor=options["wpe"]
+        )
+        assert_close(course(schedule, total, lr)[0], data.output[f"pretrain/{name}/lr"].double(), **close)
     steps = 3  # per epoch
     for name, options in data.config["tokenizer"].items():
         epochs = options["max_epochs"]
@@ -147,8 +166,13 @@ def test_impossible_schedules(arguments, match):
     [
         (lambda: EpochCosineSchedule(0), r"scheduler\.epochs=0"),
         (lambda: EpochCosineSchedule(2, 3), r"scheduler\.warmup_epochs=3"),
-        (lambda: HeldLinearSchedule(hold=1.0), r"scheduler\.hold=1\.0"),
-        (lambda: HeldLinearSchedule(warmup_lr=-1.0), r"scheduler\.warmup_lr=-1\.0"),
+        (lambda: HeldSchedule(hold=1.0), r"scheduler\.hold=1\.0"),
+        (lambda: HeldSchedule(warmup_factor=-1.0), r"scheduler\.warmup_factor=-1\.0"),
+        (lambda: HeldSchedule(end_factor=2.0), r"scheduler\.end_factor=2\.0"),
+        (lambda: HeldSchedule("step"), r"scheduler\.shape='step'.*linear, cosine, exponential"),
+        (lambda: HeldSchedule("cosine", knee=0.4), r"scheduler\.knee=0\.4.*shape=linear"),
+        (lambda: HeldSchedule(knee=1.0), r"scheduler\.knee=1\.0 must be in \(0, 1\)"),
+        (lambda: HeldSchedule("exponential", end_factor=0.0), r"scheduler\.end_factor=0"),
         (lambda: CosineSchedule(end_weight_decay=-1.0), r"scheduler\.end_weight_decay=-1\.0"),
         (lambda: DropSchedule(), r"one of scheduler\.drop_fractions and scheduler\.drop_steps"),
         (lambda: DropSchedule([0.5], [3]), "one of"),
@@ -169,7 +193,7 @@ def test_epochs_that_steps_do_not_fill():
 
 @pytest.mark.parametrize(
     "schedule",
-    [ConstantSchedule, CosineSchedule, LinearSchedule, HeldLinearSchedule, partial(DropSchedule, [0.4])],
+    [ConstantSchedule, CosineSchedule, LinearSchedule, HeldSchedule, partial(DropSchedule, [0.4])],
 )
 def test_a_schedule_continues_from_its_step_alone(schedule):
     whole = rates(schedule(warmup_steps=3), total=12)

@@ -6,7 +6,7 @@ from tessera.optim.schedules import (
     CosineSchedule,
     DropSchedule,
     EpochCosineSchedule,
-    HeldLinearSchedule,
+    HeldSchedule,
     LinearSchedule,
 )
 
@@ -15,7 +15,7 @@ __all__ = [
     "CosineSchedule",
     "DropSchedule",
     "EpochCosineSchedule",
-    "HeldLinearSchedule",
+    "HeldSchedule",
     "LinearSchedule",
     "decay_groups",
     "decayed_names",

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tessera.errors import ConfigError
 
+HELD_SHAPES = ("linear", "cosine", "exponential")
+
 
 def warmup(step: float, warmup_steps: float) -> float:
     """Linear factor from 0 (at step 0) to 1 (from warmup_steps on)."""
@@ -48,19 +50,45 @@ def linear_lr(step: float, lr: float, warmup_steps: float, total_steps: float, m
     return lr + (min_lr - lr) * decay_progress(step, warmup_steps, total_steps)
 
 
-def held_linear_lr(
-    step: float, lr: float, warmup_steps: float, total_steps: float, min_lr: float, warmup_lr: float, hold: float
+def held_factor(
+    step: float,
+    warmup_steps: float,
+    total_steps: float,
+    warmup_factor: float,
+    end_factor: float,
+    hold: float = 0.0,
+    shape: str = "linear",
+    knee: float | None = None,
 ) -> float:
-    """Linear warm-up from warmup_lr, lr for a share `hold` of the rest, then linearly to min_lr at the last step.
+    """Share of the rate: linear warm-up from warmup_factor, 1 for a while, then down to end_factor at the last step.
 
-    lr(s) = warmup_lr + (lr - warmup_lr) s / w for s < w; with q = (s - w) / (T - 1 - w): lr where q < hold, else
-    min_lr + (lr - min_lr) (1 - q) / (1 - hold).
-    Source: TencentARC/SEED-Voken, cond_transformer_llama.py (IBQ's generators).
+    m(s) = warmup_factor + (1 - warmup_factor) s / w for s < w. With q = (s - w) / (T - 1 - w) and e = end_factor: 1
+    where q < hold, else with r = (q - hold) / (1 - hold)
+
+    cosine       m = e + (1 - e) (1 + cos(pi r)) / 2
+    linear       m = e + (1 - e) (1 - r); with a knee k in two straight parts, through (k, m_k) with m_k halfway
+                 between 1 and the single line: m_k = (1 + e + (1 - e) (1 - k)) / 2
+    exponential  m = e^r
+
+    Source: FoundationVision/VAR, utils/lr_control.py, whose cos, lin00, lin0, lin, lin<T> and exp are cosine, linear
+        (hold 0, 0.05 and 0.15), linear with knee T, and exponential (hold 0.15); TencentARC/SEED-Voken,
+        cond_transformer_llama.py (IBQ), for lin0.
     """
     if step < warmup_steps:
-        return warmup_lr + (lr - warmup_lr) * step / warmup_steps
-    done = decay_progress(step, warmup_steps, total_steps - 1)
-    return lr if done < hold else min_lr + (lr - min_lr) * (1 - done) / (1 - hold)
+        return warmup_factor + (1 - warmup_factor) * step / warmup_steps
+    done = (decay_progress(step, warmup_steps, total_steps - 1) - hold) / (1 - hold)
+    if done < 0:
+        return 1.0
+    if shape == "cosine":
+        return end_factor + (1 - end_factor) * (0.5 + 0.5 * math.cos(math.pi * done))
+    if shape == "exponential":
+        return math.exp(done * math.log(end_factor))
+    if knee is None:
+        return end_factor + (1 - end_factor) * (1 - done)
+    middle = (1 + end_factor + (1 - end_factor) * (1 - knee)) / 2
+    if done < knee:
+        return 1 + (middle - 1) * done / knee
+    return end_factor + (middle - end_factor) * (1 - done) / (1 - knee)
 
 
 def epoch_cosine_lr(epoch: int, lr: float, warmup_epochs: int, epochs: int, min_lr: float, warmup_lr: float) -> float:
@@ -111,7 +139,7 @@ class Schedule:
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.
-        warmup_fraction: the same as a fraction of training; give one of the two.
+        warmup_fraction: the same as a fraction of training, rounded to steps; give one of the two.
         min_lr: rate at the end of training.
         end_weight_decay: to which the weight decay moves along half a cosine, in the parameter groups that have one;
             None: it stays.
@@ -144,7 +172,7 @@ class Schedule:
         raise NotImplementedError
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-        start = self.warmup_steps or self.warmup_fraction * total_steps
+        start = self.warmup_steps or round(self.warmup_fraction * total_steps)
         if start > total_steps:
             raise ConfigError(f"scheduler.warmup_steps={start} exceeds the {total_steps} steps of trainer.max_steps")
 
@@ -180,26 +208,51 @@ class LinearSchedule(Schedule):
     lr = staticmethod(linear_lr)
 
 
-class HeldLinearSchedule(Schedule):
-    """Warm-up from `warmup_lr`, constant for a while, then linear to `min_lr` (`held_linear_lr`).
+class HeldSchedule(Schedule):
+    """Warm-up, constant for a while, then down to a share of the rate at the last step (`held_factor`).
 
     Args:
-        warmup_lr: rate of the first step of a warm-up.
+        shape: of the way down: linear, cosine or exponential.
         hold: share of the steps after warm-up in which the rate stays, in [0, 1).
-        **shared: see `Schedule`.
+        knee: share of the way down at which a linear one becomes less steep, in (0, 1); None: nowhere.
+        warmup_factor: the rate of a warm-up's first step, as a share of the optimizer's rate.
+        end_factor: the rate of the last step, as a share of the optimizer's rate; above 0 for exponential.
+        warmup_steps, warmup_fraction, end_weight_decay: see `Schedule`.
 
     Raises:
-        ConfigError: values out of range.
+        ConfigError: values out of range, another shape, a knee in another shape than linear.
     """
 
-    def __init__(self, warmup_lr: float = 0.0, hold: float = 0.05, **shared: Any):
-        super().__init__(**shared)
-        if warmup_lr < 0 or not 0 <= hold < 1:
-            raise ConfigError(f"scheduler.warmup_lr={warmup_lr} must not be negative, scheduler.hold={hold} in [0, 1)")
-        self.warmup_lr, self.hold = warmup_lr, hold
+    def __init__(
+        self,
+        shape: str = "linear",
+        hold: float = 0.05,
+        knee: float | None = None,
+        warmup_factor: float = 0.005,
+        end_factor: float = 0.01,
+        warmup_steps: int = 0,
+        warmup_fraction: float = 0.0,
+        end_weight_decay: float | None = None,
+    ):
+        super().__init__(warmup_steps, warmup_fraction, end_weight_decay=end_weight_decay)
+        if shape not in HELD_SHAPES:
+            raise ConfigError(f"scheduler.shape={shape!r} is unknown; choose one of {', '.join(HELD_SHAPES)}")
+        if not (0 <= hold < 1 and 0 <= warmup_factor <= 1 and 0 <= end_factor <= 1):
+            raise ConfigError(
+                f"scheduler.hold={hold} must be in [0, 1), scheduler.warmup_factor={warmup_factor} and "
+                f"scheduler.end_factor={end_factor} in [0, 1]"
+            )
+        if knee is not None and (shape != "linear" or not 0 < knee < 1):
+            raise ConfigError(f"scheduler.knee={knee} must be in (0, 1) and needs shape=linear; set it to null")
+        if shape == "exponential" and end_factor == 0:
+            raise ConfigError("scheduler.end_factor=0 is never reached exponentially; give a positive one")
+        self.shape, self.hold, self.knee = shape, hold, knee
+        self.warmup_factor, self.end_factor = warmup_factor, end_factor
 
     def lr(self, step: float, lr: float, warmup_steps: float, total_steps: float, min_lr: float) -> float:
-        return held_linear_lr(step, lr, warmup_steps, total_steps, min_lr, self.warmup_lr, self.hold)
+        return lr * held_factor(
+            step, warmup_steps, total_steps, self.warmup_factor, self.end_factor, self.hold, self.shape, self.knee
+        )
 
 
 class EpochCosineSchedule(Schedule):
