@@ -28,10 +28,7 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         columns = x.reshape(-1, self.in_features).t()
-        if self.bias is None:
-            columns = self.weight @ columns
-        else:
-            columns = torch.addmm(self.bias[:, None], self.weight, columns)
+        columns = self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
         return columns.t().contiguous().view(*x.shape[:-1], self.out_features)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tessera.errors import ConfigError
-from tessera.zoo import ibq, maskgit, titok, var, xqgan
+from tessera.zoo import ibq, ibq_generator, maskgit, titok, var, xqgan
 from tessera.zoo.export import export, from_pretrained
 
 __all__ = ["export", "from_pretrained", "from_public"]
@@ -32,6 +32,14 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
         "var": var.from_public,
         "xqgan": xqgan.from_public,
     }
+    # families that also have generators: a key of their configs alone, and what builds them
+    generators = {
+        "ibq": ("n_layer", ibq_generator.from_public),
+    }
     if family not in families:
         raise ConfigError(f"family {family!r} is unknown; choose one of {', '.join(families)}")
+    if family in generators:
+        key, generator_from_public = generators[family]
+        if key in config:
+            return generator_from_public(config, state_dict)
     return families[family](config, state_dict)
