@@ -12,6 +12,7 @@ from tessera.quantizers import (
     BSQCodebook,
     LFQCodebook,
     MultiScaleQuantizer,
+    RandomRevival,
     ResidualQuantizer,
     SingleGridQuantizer,
     VQCodebook,
@@ -97,6 +98,21 @@ def test_losses_are_means_over_scales_and_kept_images():
     for name in ("codebook", "commitment"):
         assert_close(out.losses[name], torch.stack(terms).mean())
     assert_close(out.z_q, branch.decode(out.tokens[:, 0], depths))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_averages_and_usage_are_of_kept_images(shared):
+    """As the codebook loss of codes that learn by gradient: what is dropped teaches nothing."""
+    codebook = partial(VQ, update="ema", ema_decay=0.6, revival=partial(RandomRevival, decay=0.6, threshold=0.01))
+    branch = MultiScaleQuantizer(6, codebook, GRIDS, shared).train()
+    depths = torch.tensor([1, 2, 2, 1])  # nobody keeps the last scale
+    tokens = branch(maps(4), depths).tokens[:, 0].split([1, 6, 20], dim=1)
+    kept = [part[depths > scale].flatten() for scale, part in enumerate(tokens)]
+    for unit, indices in zip(branch.codebooks, [torch.cat(kept)] if shared else kept, strict=True):
+        counts = torch.bincount(indices, minlength=13).float()
+        weight = 0.4 if len(indices) else 0.0
+        assert_close(unit.averages.counts, torch.ones(13).lerp(counts, weight))
+        assert_close(unit.revival.usage, torch.full((13,), 1 / 13).lerp(counts / max(len(indices), 1), weight))
 
 
 def test_each_loss_moves_its_own_side_only():

@@ -91,23 +91,46 @@ def test_clustering_draws_unused_codes_to_their_nearest_vectors():
     assert_close(codebook.embedding, before * (1 - pull) + nearest * pull)
 
 
-def _share(rank, world, x, name):
-    codebook = make({"random": partial(RandomRevival, threshold=0.9, decay=0.3), "clustering": ClusteringRevival}[name])
-    for batch in x:
-        codebook(batch.tensor_split(world)[rank])
+REVIVALS = {"random": partial(RandomRevival, threshold=0.9, decay=0.3), "clustering": ClusteringRevival}
+
+
+def _share(rank, world, x, masks, name, update):
+    codebook = make(REVIVALS[name], update=update)
+    for batch, mask in zip(x, masks, strict=True):
+        part, mask = (whole.tensor_split(world)[rank] for whole in (batch, mask))
+        codebook.observe(part, codebook.assign(part), mask)
     return {key: value.tolist() for key, value in codebook.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["random", "clustering"])
-def test_ranks_together_equal_the_joint_batch(name):
-    x = 5 + torch.randn(3, 65, 3)  # the ranks' shares are unequal
-    alone = _share(0, 1, x, name)
-    first, second = run_forked(_share, x, name)
+@pytest.mark.parametrize("name", REVIVALS)
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_ranks_together_equal_the_joint_batch_of_what_is_kept(name, update):
+    x = 5 + torch.randn(5, 65, 3)  # the ranks' shares are unequal
+    masks = torch.rand(5, 65) < 0.7
+    masks[0] = True
+    masks[2, 33:] = False  # nothing is left to the second rank
+    masks[3] = False  # nor here to any
+    alone = _share(0, 1, x, masks, name, update)
+    first, second = run_forked(_share, x, masks, name, update)
     assert first == second
+    kept = [batch[mask] for batch, mask in zip(x, masks, strict=True)]
+    assert alone == _share(0, 1, kept, [torch.ones(len(batch), dtype=torch.bool) for batch in kept], name, update)
     for key, value in first.items():
         assert_close(torch.tensor(value), torch.tensor(alone[key]))
     start = make(RandomRevival).embedding.detach()
     assert (torch.tensor(first["embedding"]) - start).abs().sum() > 1, "no code has moved"
+
+
+@pytest.mark.parametrize("name", REVIVALS)
+@pytest.mark.parametrize("update", ["gradient", "ema"])
+def test_a_batch_that_is_dropped_whole_changes_nothing(name, update):
+    codebook = make(REVIVALS[name], update=update)
+    x = clusters()
+    codebook(x)
+    before = {key: value.clone() for key, value in codebook.state_dict().items() if not key.endswith("steps")}
+    codebook.observe(x, codebook.assign(x), torch.zeros(len(x), dtype=torch.bool))
+    after = codebook.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class MultiScaleQuantizer(Structure):
     Losses are means over scales, and inside a scale over the images that keep it: `codebook` = mean((a_k - sg z)^2),
     which trains codes and phi, `commitment` = mean((sg a_k - z)^2), and the codebook's penalties. Codebooks whose
     vectors carry the gradient themselves (IBQ) contribute their own losses instead, and z_q is their plain sum.
+    Averages and revival of codes likewise see the images that keep a scale only.
 
     Args:
         dim: D; None: as many channels as the codebook implies.
@@ -239,7 +240,8 @@ class MultiScaleQuantizer(Structure):
                     }
                     terms.append(losses | self._penalties(step, keep))
                 if self.training:
-                    seen.append((step.points.detach(), step.tokens.flatten()))
+                    mask = None if keep is None else keep.repeat_interleave(step.tokens.shape[1])
+                    seen.append((step.points.detach(), step.tokens.flatten(), mask))
             losses = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
             if self.training:
                 self._observe(seen)
@@ -257,12 +259,12 @@ class MultiScaleQuantizer(Structure):
         mask = None if keep is None else keep.repeat_interleave(len(points) // len(keep))
         return step.codebook.penalties(points, mask, gain)
 
-    def _observe(self, seen: list[tuple[Tensor, Tensor]]) -> None:
+    def _observe(self, seen: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        """Show each codebook the points, codes and kept rows of its scales: what is dropped teaches it nothing."""
         if len(self.codebooks) == 1:
-            self.codebooks[0].observe(torch.cat([x for x, _ in seen]), torch.cat([i for _, i in seen]))
-        else:
-            for codebook, (points, indices) in zip(self.codebooks, seen, strict=True):
-                codebook.observe(points, indices)
+            seen = [tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*seen, strict=True))]
+        for codebook, scale in zip(self.codebooks, seen, strict=True):
+            codebook.observe(*scale)
 
     @torch.no_grad()
     def encode(self, z: Tensor, edit: Edit | None = None) -> Tensor:

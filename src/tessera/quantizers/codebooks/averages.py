@@ -36,16 +36,21 @@ class ClusterAverages(nn.Module):
         self.register_buffer("counts", torch.ones_like(codes[:, 0]))
         self.register_buffer("sums", codes.detach().clone())
 
-    def update(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Take in vectors x (N, D) with codes (N,); the new codes (K, D), equal on all ranks."""
+    def update(self, x: Tensor, indices: Tensor, codes: Tensor) -> None:
+        """Take in vectors x (N, D) with codes (N,), and move `codes` (K, D) in place, equally on all ranks.
+
+        N may be 0; where it is on all ranks, nothing changes.
+        """
         fresh = x.new_zeros(len(self.counts), x.shape[1] + 1)
         fresh.index_add_(0, indices, torch.cat([torch.ones_like(x[:, :1]), x], dim=1))
         fresh = all_reduce_sum(fresh)  # counts and sums in one message
-        self.counts.lerp_(fresh[:, 0], 1 - self.decay)
-        self.sums.lerp_(fresh[:, 1:], 1 - self.decay)
+        seen = fresh[:, 0].any()
+        weight = (1 - self.decay) * seen
+        self.counts.lerp_(fresh[:, 0], weight)
+        self.sums.lerp_(fresh[:, 1:], weight)
         total = self.counts.sum()
         smooth = (self.counts + _SMOOTHING) / (total + len(self.counts) * _SMOOTHING) * total
-        return self.sums / smooth[:, None]
+        codes.copy_(torch.where(seen, self.sums / smooth[:, None], codes))
 
     def restart(self, moved: Tensor, codes: Tensor) -> None:
         """Let the codes (K, D) selected by moved (K,) bool begin again where they now are."""

@@ -84,8 +84,11 @@ class Codebook(nn.Module, ABC):
         """
         return {}
 
-    def observe(self, x: Tensor, indices: Tensor) -> None:
+    def observe(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Update what is not learned by gradient from points x (N, D) and their codes (N,); training only.
+
+        Rows where `mask` (N,) bool is False are left out, as in `penalties`; where it leaves none on any rank, nothing
+        changes.
 
         Called once per training forward pass, after all lookups. All ranks must call it.
         """

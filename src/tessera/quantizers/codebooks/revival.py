@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 _PREFIX = "quantizer.branch.codebook.revival"
 
 
+def _or_zero(x: Tensor) -> Tensor:
+    """Vectors (N, D) and a zero one behind them, to look up where there is none."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+
+
 class Revival(nn.Module, ABC):
     """Watches how often codes are used, and moves some in every training step, equally on all ranks.
 
@@ -39,15 +44,21 @@ class Revival(nn.Module, ABC):
         self.decay = decay
         self.register_buffer("usage", torch.full((codebook_size,), initial))
 
-    def _count(self, indices: Tensor) -> None:
+    def _count(self, indices: Tensor) -> Tensor:
+        """Update the shares; whether any rank has a vector, as a scalar bool. Where none has, they stay."""
         ones = torch.ones_like(indices, dtype=self.usage.dtype)
         # no bincount: on a GPU it waits for the largest index
         hits = all_reduce_sum(torch.zeros_like(self.usage).index_add_(0, indices, ones))
-        self.usage.lerp_(hits / hits.sum().clamp_min(1), 1 - self.decay)
+        seen = hits.any()
+        self.usage.lerp_(hits / hits.sum().clamp_min(1), (1 - self.decay) * seen)
+        return seen
 
     @abstractmethod
     def forward(self, codebook: "VQCodebook", x: Tensor, indices: Tensor) -> Tensor:
-        """Take in vectors x (N, D) with codes (N,) and move codes of `codebook` in place; (K,) bool: which moved."""
+        """Take in vectors x (N, D) with codes (N,) and move codes of `codebook` in place; (K,) bool: which moved.
+
+        N may be 0; where it is on all ranks, no code moves.
+        """
 
 
 class RandomRevival(Revival):
@@ -82,11 +93,10 @@ class RandomRevival(Revival):
         ends = all_reduce_sum(lengths).cumsum(0)
         row = (uniform.double() * ends[-1]).long() - (ends[rank()] - len(x))
         mine = (row >= 0) & (row < len(x))
-        return all_reduce_sum(x[row.clamp(0, len(x) - 1)] * mine[:, None])
+        return all_reduce_sum(_or_zero(x)[torch.where(mine, row, len(x))])
 
     def forward(self, codebook: "VQCodebook", x: Tensor, indices: Tensor) -> Tensor:
-        self._count(indices)
-        dead = self.usage < self.threshold / len(self.usage)
+        dead = self._count(indices) & (self.usage < self.threshold / len(self.usage))
         drawn = self._drawn(x)
         codebook.embedding.copy_(torch.where(dead[:, None], drawn, codebook.embedding))
         self.usage.masked_fill_(dead, 1 / len(self.usage))  # a grace period
@@ -116,15 +126,19 @@ class ClusteringRevival(Revival):
     def _nearest(self, codebook: "VQCodebook", x: Tensor) -> Tensor:
         """(K, D): for each code the nearest of all ranks' vectors."""
         codes, points = codebook.compared(codebook.embedding), codebook.compared(x)
-        own = nearest_codes(codes, points)  # Euclidean also for unit vectors, where the order is the same
         distances = codes.new_zeros(world_size(), len(codes))
-        distances[rank()] = (codes - points[own]).square().sum(1)
+        if len(x):
+            own = nearest_codes(codes, points)  # Euclidean also for unit vectors, where the order is the same
+            distances[rank()] = (codes - points[own]).square().sum(1)
+        else:
+            own = torch.zeros(len(codes), dtype=torch.int64, device=x.device)
+            distances[rank()] = torch.inf
         best = all_reduce_sum(distances).argmin(0) == rank()
-        return all_reduce_sum(x[own] * best[:, None])
+        return all_reduce_sum(_or_zero(x)[own] * best[:, None])
 
     def forward(self, codebook: "VQCodebook", x: Tensor, indices: Tensor) -> Tensor:
         nearest = self._nearest(codebook, x)
-        self._count(indices)
-        pull = torch.exp(-self.usage * len(self.usage) * 10 / (1 - 0.99) - 1e-3)
+        seen = self._count(indices)
+        pull = torch.exp(-self.usage * len(self.usage) * 10 / (1 - 0.99) - 1e-3) * seen
         codebook.embedding.lerp_(nearest, pull[:, None])
         return torch.zeros_like(pull, dtype=torch.bool)

@@ -135,10 +135,17 @@ class VQCodebook(Codebook):
         return self.neighbors_of_points(self.compared(self.embedding[indices]), k)
 
     @torch.no_grad()
-    def observe(self, x: Tensor, indices: Tensor) -> None:
-        """Move the codes by what is not a gradient, from points x (N, D) and their codes (N,), over all ranks."""
+    def observe(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """Move the codes by what is not a gradient, from points x (N, D) and their codes (N,), over all ranks.
+
+        Rows where `mask` (N,) bool is False are left out; where it leaves none on any rank, nothing changes.
+        """
+        if self.averages is None and self.revival is None:
+            return
+        if mask is not None:
+            x, indices = x[mask], indices[mask]
         if self.averages is not None:
-            self.embedding.copy_(self.averages.update(x, indices))
+            self.averages.update(x, indices, self.embedding)
         if self.revival is not None:
             moved = self.revival(self, x, indices)
             if self.averages is not None:
