@@ -276,8 +276,8 @@ def patience(limit: float) -> Iterator[None]:
         raise TimeoutError(f"took more than {limit:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
+        signal.setitimer(signal.ITIMER_REAL, limit)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -389,6 +389,8 @@ def main() -> None:
     parser.add_argument("--patience", default=1800.0, type=float, help="seconds after which a side is stopped")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
+    if any(n % GRIDS[-1] ** 2 for n in options.tokens or ()) and {"mslfq", "msbsq"} & set(options.kinds):
+        parser.error(f"--tokens of mslfq and msbsq must be multiples of {GRIDS[-1] ** 2}, those of one image")
     if options.device.type == "cpu":
         torch.set_num_threads(options.threads)
     precisions = options.precision or (["fp32", "bf16"] if options.device.type == "cuda" else ["fp32"])
