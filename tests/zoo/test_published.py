@@ -11,8 +11,7 @@ from torch import Tensor
 from tessera.tokenizers import Tokenizer
 from tessera.zoo import ibq, maskgit, titok, var
 from tessera.zoo.export import build
-from tessera.zoo.keys import XQGAN_IGNORED, key_problems, rename
-from tessera.zoo.taming import split_qkv
+from tessera.zoo.keys import key_problems, rename
 
 FOLDER = Path(__file__).parent / "published"
 ROWS = {
@@ -40,7 +39,7 @@ def built(family: str, name: str) -> tuple[Tokenizer, dict[str, Tensor]]:
         if family == "ibq":
             return build(ibq.architecture(config), name), rename(ibq.public_weights(state), ibq.rules(5))
         if family == "var":
-            return var.build(config), rename(split_qkv(state), var.rules(5), XQGAN_IGNORED)
+            return build(var.architecture(config), name), var.renamed(state, 5)
         if name.startswith("maskgit"):
             return build(maskgit.architecture(config), name), rename(state, maskgit.rules(5))
         tokenizer = build(titok.architecture(config), name)

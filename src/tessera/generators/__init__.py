@@ -4,5 +4,6 @@ from tessera.generators.base import Generator
 from tessera.generators.llama import Llama
 from tessera.generators.rar import RAR
 from tessera.generators.sampling import SamplingConfig
+from tessera.generators.var import VAR
 
-__all__ = ["RAR", "Generator", "Llama", "SamplingConfig"]
+__all__ = ["RAR", "VAR", "Generator", "Llama", "SamplingConfig"]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tessera.errors import ConfigError
-from tessera.zoo import ibq, ibq_generator, maskgit, titok, var, xqgan
+from tessera.zoo import ibq, ibq_generator, maskgit, titok, var, var_generator, xqgan
 from tessera.zoo.export import export, from_pretrained
 
 __all__ = ["export", "from_pretrained", "from_public"]
@@ -35,6 +35,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     # families that also have generators: a key of their configs alone, and what builds them
     generators = {
         "ibq": ("n_layer", ibq_generator.from_public),
+        "var": ("depth", var_generator.from_public),
     }
     if family not in families:
         raise ConfigError(f"family {family!r} is unknown; choose one of {', '.join(families)}")
