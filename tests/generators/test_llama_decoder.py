@@ -1,0 +1,132 @@
+"""Generation: equal to the plain pass, pinned by a teacher, independent of the batch, nothing done twice."""
+
+import pytest
+import torch
+
+from generators.llama_reference import plain_generate, small_llama
+from tessera.generators import SamplingConfig
+from tessera.generators.llama_decoder import LlamaDecoder
+from tessera.generators.sampling import make_draw
+from tessera.rng import IndexedRng
+
+GUIDED = SamplingConfig(temperature=1.1, guidance_scale=4.0, guidance_schedule="constant")
+SETTINGS = [
+    SamplingConfig(),
+    SamplingConfig(guidance_scale=1.0, guidance_schedule="constant"),
+    GUIDED,
+    SamplingConfig(temperature=1.4, temperature_end=0.6, top_k=4, top_p=0.8, guidance_scale=3.0, guidance_power=1.5),
+]
+LABELS = torch.tensor([1, 3, 1, 0, 2])
+STRUCTURES = [{}, {"num_branches": 3}, {"num_branches": 2, "grids": [(1, 1), (2, 2), (1, 4)]}]
+
+
+def rng(count=5, seed=0):
+    return IndexedRng(seed, torch.arange(count))
+
+
+def teacher_and_keep(model, share, count=5):
+    generator = torch.Generator().manual_seed(9)
+    shape = (count, model.num_branches, model.num_tokens)
+    teacher = torch.randint(0, model.codebook_size, shape, generator=generator)
+    return teacher, torch.rand(shape, generator=generator) < share
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_equals_the_plain_pass(structure, sampling):
+    model = small_llama(**structure)
+    draw = make_draw(rng(), 5, torch.device("cpu"))
+    expected, _ = plain_generate(model, LABELS, sampling, draw)
+    assert torch.equal(model.generate(LABELS, sampling, rng=rng()), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_teacher(share):
+    model = small_llama(num_branches=2)
+    teacher, keep = teacher_and_keep(model, share)
+    hidden = torch.where(keep, teacher, -1)  # read at kept positions only
+    pinned = model.generate(LABELS, GUIDED, teacher=hidden, keep=keep, rng=rng())
+    assert torch.equal(pinned[keep], teacher[keep])
+    draw = make_draw(rng(), 5, torch.device("cpu"))
+    assert torch.equal(pinned, plain_generate(model, LABELS, GUIDED, draw, teacher, keep)[0])
+    plain = model.generate(LABELS, GUIDED, rng=rng())
+    # not merely pasted over a plain sample: later tokens saw the teacher's
+    assert (pinned != plain)[~keep].any() == (share == 0.5)
+
+
+@pytest.mark.parametrize("sampling", [SETTINGS[0], GUIDED])
+def test_sample_does_not_depend_on_its_batch(sampling):
+    model = small_llama()
+    index = torch.tensor([4, 40, 2, 11, 7])
+    together = model.generate(LABELS, sampling, rng=IndexedRng(3, index))
+    for i in range(5):
+        alone = model.generate(LABELS[i : i + 1], sampling, rng=IndexedRng(3, index[i : i + 1]))
+        assert torch.equal(alone, together[i : i + 1])
+
+
+def test_modulation_is_computed_once_per_class(monkeypatch):
+    model, seen = small_llama(), []
+    for block in model.blocks:
+        block.ada_lin.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
+    model.generate(LABELS, GUIDED, rng=rng())
+    assert seen == [(5, 16)] * 2  # four classes and none; 9 steps, 10 rows
+    rows = []
+
+    class Watched(LlamaDecoder):
+        def __init__(self, model, conditions):
+            rows.append(len(conditions))
+            super().__init__(model, conditions)
+
+    monkeypatch.setattr("tessera.generators.llama_decoder.LlamaDecoder", Watched)
+    for sampling in SETTINGS[:3]:
+        model.generate(LABELS, sampling, rng=rng())
+    assert rows == [5, 5, 10]  # the unconditional half runs only where it counts
+
+
+def test_head_runs_once_per_sample():
+    model, seen = small_llama(), []
+    model.head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    model.generate(LABELS, GUIDED, rng=rng())
+    assert seen == [(5, 16)] * 9
+
+
+def test_generation_leaves_nothing_behind():
+    model = small_llama(token_dropout=0.5).train()
+    keys = list(model.state_dict())
+    before = model.generate(LABELS, GUIDED, rng=rng())
+    assert model.training and list(model.state_dict()) == keys
+    assert torch.equal(before, model.eval().generate(LABELS, GUIDED, rng=rng()))
+    model.train().loss(before, LABELS)["loss"].backward()
+    assert model.tok_emb.weight.grad.any()
+
+
+@pytest.mark.parametrize("how", ["autocast", "module"])
+def test_bfloat16(how):
+    """Half precision runs and stays near float32: similar distributions, caches in bfloat16."""
+    model = small_llama()
+    expected, seen = [], []
+
+    def recording(store):
+        def draw(probs, step):
+            store.append(probs)
+            return torch.full(probs.shape[:2], step % 11)
+
+        return draw
+
+    model.generate(LABELS, GUIDED, rng=recording(expected))
+    if how == "module":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        tokens = model.generate(LABELS, GUIDED, rng=recording(seen))
+        with torch.no_grad():
+            assert LlamaDecoder(model, LABELS).cache.keys.dtype == torch.bfloat16
+    assert tokens.dtype == torch.int64 and all(probs.dtype == torch.float32 for probs in seen)
+    gap = torch.stack([(a - b).abs().sum(-1).mean() for a, b in zip(seen, expected, strict=True)])
+    assert gap.max() < 0.15
+
+
+def test_empty_batch_and_single_token():
+    assert small_llama().generate(LABELS[:0], GUIDED).shape == (0, 1, 9)
+    model = small_llama(num_tokens=1, grids=[1])
+    assert model.generate(LABELS, GUIDED, rng=rng()).shape == (5, 1, 1)
+    assert model.train().loss(torch.zeros(5, 1, 1, dtype=torch.int64), LABELS)["loss"].isfinite()
