@@ -334,9 +334,9 @@ class VAR(Generator):
         Args:
             labels, sampling, teacher, keep, rng: see `Generator.generate`.
             smooth: go on from mixtures of codes in place of the drawn ones, for smoother pictures; not for figures.
-                Their weights are softmax((l (1 + r) + g) / t) with the filtered logits l, Gumbel noise g, r = k / (S - 1)
-                and t = max(0.27 (1 - 0.95 r), 0.005) at scale k of S. g is read from the stream "smooth/<scale>" of rng,
-                or from a function (probs (B, P, n, K), scale) -> g of that shape, which an rng that is a function needs.
+                Their weights are softmax((l (1 + r) + g) / t) with the filtered logits l, r = k / (S - 1) and t =
+                max(0.27 (1 - 0.95 r), 0.005) at scale k of S, and Gumbel noise g of the stream "smooth/<scale>". Where
+                rng is a function, it can't give g: then smooth is one, too, (probs (B, P, n, K), scale) -> g.
 
         Returns:
             tokens (B, P, L) int64; the latent (B, latent channels, h, w) float32, which the tokenizer decodes. Without
