@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tessera.errors import ConfigError
-from tessera.zoo import ibq, ibq_generator, maskgit, titok, var, var_generator, xqgan
+from tessera.zoo import ibq, ibq_generator, maskgit, maskgit_generator, titok, var, var_generator, xqgan
 from tessera.zoo.export import export, from_pretrained
 
 __all__ = ["export", "from_pretrained", "from_public"]
@@ -16,7 +16,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """Our module with the weights of a published one, loaded strictly.
 
     Args:
-        family: "ibq", "maskgit_vqgan", "robustok", "titok", "var" or "xqgan".
+        family: "ibq", "maskgit", "maskgit_vqgan", "robustok", "titok", "var" or "xqgan".
         config: published hyper-parameters; see the family's module.
         state_dict: published state dict or checkpoint.
 
@@ -26,21 +26,20 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """
     families = {
         "ibq": ibq.from_public,
+        "maskgit": maskgit_generator.from_public,
         "maskgit_vqgan": maskgit.from_public,
         "robustok": xqgan.from_public,  # its tokenizers are XQ-GAN's
         "titok": titok.from_public,
         "var": var.from_public,
         "xqgan": xqgan.from_public,
     }
-    # families that also have generators: a key of their configs alone, and what builds them
+    # families that also have generators: what tells them by their configs, and what builds them
     generators = {
-        "ibq": ("n_layer", ibq_generator.from_public),
-        "var": ("depth", var_generator.from_public),
+        "ibq": (lambda: "n_layer" in config, ibq_generator.from_public),
+        "titok": (lambda: maskgit_generator.is_generator(config), maskgit_generator.from_public),
+        "var": (lambda: "depth" in config, var_generator.from_public),
     }
     if family not in families:
         raise ConfigError(f"family {family!r} is unknown; choose one of {', '.join(families)}")
-    if family in generators:
-        key, generator_from_public = generators[family]
-        if key in config:
-            return generator_from_public(config, state_dict)
-    return families[family](config, state_dict)
+    is_generator, generator_from_public = generators.get(family, (lambda: False, None))
+    return (generator_from_public if is_generator() else families[family])(config, state_dict)
