@@ -197,7 +197,7 @@ class ProductQuantizer(nn.Module):
 
         Source: VAR (arXiv:2404.02905); for P branches, `idxBl_to_var_input` of lxa9867/ImageFolder.
         """
-        self._check_tokens(tokens)
+        self._check_tokens(tokens, wait=False)
         tokens = tokens.long()
         return self._joined(lambda branch, p: branch.next_scale_input(tokens[:, p]), dim=2)
 
@@ -240,7 +240,8 @@ class ProductQuantizer(nn.Module):
         found = [branch.neighbors(part, k) for branch, part in zip(self.branches, parts, strict=True)]
         return torch.stack(found, dim=1)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _check_tokens(self, tokens: Tensor, wait: bool = True) -> None:
+        """Refuse other tokens than this quantizer's; their range on an accelerator only if it may be waited for."""
         expected = (self.num_branches, self.num_tokens)
         if tokens.ndim != 3 or tokens.shape[1:] != expected or tokens.is_floating_point():
             raise DataError(
@@ -248,7 +249,7 @@ class ProductQuantizer(nn.Module):
                 f"which needs integers of shape (batch, {expected[0]} branches, {expected[1]} tokens); "
                 "were they made by another one?"
             )
-        if tokens.numel():
+        if tokens.numel() and (wait or tokens.device.type == "cpu"):
             low, high = (int(value) for value in torch.aminmax(tokens))
             if low < 0 or high >= self.codebook_size:
                 culprit = low if low < 0 else high
