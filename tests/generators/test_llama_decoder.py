@@ -1,5 +1,8 @@
 """Generation: equal to the plain pass, pinned by a teacher, independent of the batch, nothing done twice."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,9 @@ from tessera.generators import SamplingConfig
 from tessera.generators.llama_decoder import LlamaDecoder
 from tessera.generators.sampling import make_draw
 from tessera.rng import IndexedRng
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from plain.llama import PlainLlama
 
 GUIDED = SamplingConfig(temperature=1.1, guidance_scale=4.0, guidance_schedule="constant")
 SETTINGS = [
@@ -38,6 +44,14 @@ def test_equals_the_plain_pass(structure, sampling):
     draw = make_draw(rng(), 5, torch.device("cpu"))
     expected, _ = plain_generate(model, LABELS, sampling, draw)
     assert torch.equal(model.generate(LABELS, sampling, rng=rng()), expected)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 6}, {"top_k": 7, "top_p": 0.7}, {"top_p": 0.8}])
+def test_equals_the_benchmarks_plain_loop(filters):
+    model = small_llama()
+    sampling = SamplingConfig(temperature=1.2, guidance_scale=2.0, guidance_schedule="constant", **filters)
+    draw = make_draw(rng(), 5, torch.device("cpu"))
+    assert torch.equal(PlainLlama(model)(LABELS, sampling, draw), model.generate(LABELS, sampling, rng=rng()))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
