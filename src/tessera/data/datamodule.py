@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tessera import distributed
-from tessera.data.images import VIEWS, ImageDataset
+from tessera.data.images import ImageDataset
 from tessera.data.sampler import EvalBatches, FixedBatches, TrainBatches
 from tessera.data.token_cache import TokenCache
 from tessera.errors import CheckpointError, ConfigError
@@ -37,8 +37,8 @@ class PairBatches(Dataset):
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         batch = self.cache.rows([row for _, row in keys])
-        views = self.cache.manifest.views
-        numbers, view = batch["index"] // VIEWS[views], batch["index"] % VIEWS[views]
+        views = self.cache.manifest.view_set
+        numbers, view = batch["index"] // views.count, batch["index"] % views.count
         images = [
             self.images.views(number, views)["image"][v]
             for number, v in zip(numbers.tolist(), view.tolist(), strict=True)

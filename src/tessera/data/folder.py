@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class FolderImages(ImageDataset):
             raise ConfigError(f"data.dataset.random_crop={random_crop!r} is unknown; choose true, false or position")
         self.crop, self.flip = center_crop(crop), flip
         self.random_crop = random_position_crop(crop) if random_crop == "position" else random_crop and random_crop_adm
+        self.random_crop_id = {True: "adm", False: ""}.get(random_crop, random_crop)
         self.crop_id, self.seed = f"{crop}-{resolution}", seed
         self.folder = Path(root) / split
         self.classes = _classes(Path(root), split, num_classes)
@@ -125,7 +127,18 @@ class FolderImages(ImageDataset):
         return self.crop(image, self.resolution)
 
     def random_fit(self, image: Image.Image, epoch: int, number: int) -> Image.Image:
-        rng = sample_random(self.seed, epoch, number)
+        return self.random_view(image, sample_random(self.seed, epoch, number))
+
+    @property
+    def random_view_id(self) -> str:
+        if not self.random_crop_id and not self.flip:
+            raise ConfigError(
+                "tokens.views=random needs data.dataset.random_crop or data.dataset.flip; without both all views of an "
+                "image are alike"
+            )
+        return "+".join(filter(None, (self.random_crop_id or "fixed", "flip" if self.flip else "")))
+
+    def random_view(self, image: Image.Image, rng: random.Random) -> Image.Image:
         image = self.random_crop(image, self.resolution, rng) if self.random_crop else self.fit(image)
         return mirror(image) if self.flip and rng.random() < 0.5 else image
 

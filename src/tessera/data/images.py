@@ -7,6 +7,7 @@
 import copy
 import gzip
 import hashlib
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,16 @@ from torch.utils.data import Dataset, default_collate
 
 from tessera.data.pixels import from_uint8
 from tessera.data.sampler import Key
-from tessera.data.transforms import mirror, ten_crop
+from tessera.data.transforms import mirror, random_crop_adm, sample_random, ten_crop
+from tessera.data.views import Views
 from tessera.errors import ConfigError, DataError, MissingFileError
 
 SPLITS = ("train", "val")
-VIEWS = {"none": 1, "flip": 2, "ten_crop": 10}
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """PIL RGB -> float (3, H, W) in [-1, 1]."""
     return from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1).contiguous()
-
-
-def check_views(views: str) -> None:
-    """Refuse an unknown set of views."""
-    if views not in VIEWS:
-        raise ConfigError(f"tokens.views={views!r} is unknown; choose one of {', '.join(VIEWS)}")
 
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
@@ -95,6 +90,20 @@ class ImageDataset(Dataset):
         """The augmented crop of training, a function of the arguments and the data set's seed."""
         return self.fit(image)
 
+    @property
+    def random_view_id(self) -> str:
+        """Identity of the random views, e.g. `adm+flip`.
+
+        Raises:
+            ConfigError: there are none, as all would be alike.
+        """
+        return "adm+flip"
+
+    def random_view(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """A random crop and flip, whether or not training has them: ADM's random crop unless a data set has its own."""
+        image = random_crop_adm(image, self.resolution, rng)
+        return mirror(image) if rng.random() < 0.5 else image
+
     def fingerprint(self) -> str:
         """Identity of the images without augmentation: sha256, 16 hex digits."""
         if self._fingerprint is None:
@@ -119,20 +128,23 @@ class ImageDataset(Dataset):
         image = self.random_fit(image, epoch, index) if self.augment else self.fit(image)
         return {"image": to_tensor(image), "label": self.label(index), "index": index}
 
-    def views(self, number: int, views: str) -> dict[str, Any]:
-        """The fixed crops of an image, which pretokenisation stores, as `image` (V, 3, S, S), `label` and `index`.
+    def views(self, number: int, views: Views | str) -> dict[str, Any]:
+        """The crops of an image that pretokenisation stores, as `image` (V, 3, S, S), `label` and `index`.
 
         Args:
             number: of the sample.
-            views: none (the fixed crop), flip (and its mirror image) or ten_crop (RAR's ten).
+            views: which ones; see `Views`.
         """
-        check_views(views)
+        views = Views.of(views)
         image, index = self.read(number)
-        if views == "ten_crop":
+        if views.kind == "random":
+            rngs = [sample_random(views.seed, view, index) for view in range(views.count)]
+            crops = [self.random_view(image, rng) for rng in rngs]
+        elif views.kind == "ten_crop":
             crops = ten_crop(image, self.resolution)
         else:
             crops = [self.fit(image)]
-            if views == "flip":
+            if views.kind == "flip":
                 crops.append(mirror(crops[0]))
         return {
             "image": torch.stack([to_tensor(crop) for crop in crops]),

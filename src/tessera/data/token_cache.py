@@ -1,133 +1,93 @@
 """Tokens on disk: memory-mapped arrays with a manifest, made once (token_build.py), read by many processes.
 
 Layout of the folder: `manifest.json`; `tokens.bin` (N V, P, L) in the smallest unsigned type, rows image-major and
-view-minor; `labels.bin` (N,) int32; `index.bin` (N,) int64, the images' numbers in the data set; and while it is being
-built `done.bin`, one byte per chunk of images.
+view-minor; `labels.bin` (N,) int32; `index.bin` (N,) int64, the images' numbers in the data set.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.data.images import VIEWS, check_labels
-from tessera.errors import CheckpointError, MissingFileError
+from tessera.data.images import check_labels
+from tessera.data.manifest import MANIFEST, FolderManifest, StoredArray
+from tessera.data.views import Views
+from tessera.errors import CheckpointError, DataError, MissingFileError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
 ARRAYS = ("tokens.bin", "labels.bin", "index.bin")
 
 
-@dataclass
-class Manifest:
+@dataclass(kw_only=True)
+class Manifest(FolderManifest):
     """What a cache holds.
 
     Attributes:
         tokenizer: fingerprint of the tokenizer's token space.
         data: fingerprint of the data set; "" for imported tokens.
-        views: images per sample: none, flip or ten_crop.
+        views: kind of the images per sample (`tessera.data.views`).
+        num_views: V of them.
+        views_seed: of random views.
         images: N.
         branches, length: P, L.
         codebook_size: K; tokens are in [0, K).
         num_classes: labels are in [0, num_classes).
         extra: whatever else determines the tokens (generator, sigma, sampling settings, seed), of plain JSON types.
-        format: version of the folder's layout.
-        complete: all rows are written.
         checksum: sha256 over the arrays, once complete.
-        seal: sha256 over the other fields.
     """
 
+    FORMAT: ClassVar[int] = FORMAT
+    STATE: ClassVar[tuple[str, ...]] = (*FolderManifest.STATE, "checksum")
+    NOUN: ClassVar[str] = "tokens"
+    SPACE_KEY: ClassVar[str] = "paths.tokens"
+
+    kind: str = "tokens"
+    format: int = FORMAT
     tokenizer: str
     data: str
-    views: str
+    views: str = "none"
+    num_views: int = 1
+    views_seed: int = 0
     images: int
     branches: int
     length: int
     codebook_size: int
     num_classes: int
     extra: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
-    complete: bool = False
     checksum: str = ""
-    seal: str = ""
+
+    @property
+    def units(self) -> int:
+        """N: images are done with all their views."""
+        return self.images
 
     @property
     def rows(self) -> int:
         """N V."""
-        return self.images * VIEWS[self.views]
+        return self.images * self.num_views
+
+    @property
+    def view_set(self) -> Views:
+        """The views of each image."""
+        return Views(self.views, self.num_views, self.views_seed)
 
     @property
     def dtype(self) -> np.dtype:
         """Smallest unsigned type that holds K codes."""
         return np.min_scalar_type(self.codebook_size - 1)
 
-    def arrays(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Type and shape of each array file."""
-        return {
+    def arrays(self) -> dict[str, StoredArray]:
+        shapes = {
             "tokens.bin": (self.dtype, (self.rows, self.branches, self.length)),
             "labels.bin": (np.dtype(np.int32), (self.images,)),
             "index.bin": (np.dtype(np.int64), (self.images,)),
         }
-
-    def facts(self) -> dict[str, Any]:
-        """What has to agree for a cache to be used in the place of another, as JSON stores it."""
-        facts = {key: value for key, value in asdict(self).items() if key not in ("complete", "checksum", "seal")}
-        return json.loads(json.dumps(facts))
-
-    def difference(self, wanted: dict[str, Any]) -> str:
-        """Readable list of the facts that are not as wanted; "" if none."""
-        own = self.facts()
-        wanted = json.loads(json.dumps(wanted))
-        return "; ".join(f"{key} is {own[key]!r}, not {wanted[key]!r}" for key in wanted if own[key] != wanted[key])
-
-    def _seal(self) -> str:
-        content = {key: value for key, value in asdict(self).items() if key != "seal"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def write(self, folder: Path) -> None:
-        """Write the manifest file atomically."""
-        self.seal = self._seal()
-        temporary = folder / f"{MANIFEST}.tmp"
-        with open(temporary, "w") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST)
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest file.
-
-        Raises:
-            MissingFileError: there is none.
-            CheckpointError: damaged, or of another format version.
-        """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise MissingFileError(
-                f"{folder} holds no token cache (no {MANIFEST}); correct data.token_cache, or build it: training a "
-                "generator does"
-            )
-        try:
-            content = json.loads(path.read_text())
-            version = content.get("format")
-            manifest = cls(**content) if version == FORMAT else None
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete {folder} to build it again") from error
-        if manifest is None:
-            raise CheckpointError(
-                f"{path} has format version {version}, not {FORMAT}; delete {folder} to build it again"
-            )
-        if manifest.seal != manifest._seal():
-            raise CheckpointError(f"{path} was changed after it was written; delete {folder} to build it again")
-        return manifest
+        return {name: StoredArray(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
 def checksum(folder: Path) -> str:
@@ -154,8 +114,8 @@ class TokenCache:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
         maps = {
-            name: np.memmap(folder / name, dtype, "r", shape=shape)
-            for name, (dtype, shape) in manifest.arrays().items()
+            name: np.memmap(folder / name, array.dtype, "r", shape=array.shape)
+            for name, array in manifest.arrays().items()
         }
         self.tokens, self.labels, self.index = (maps[name] for name in ARRAYS)
 
@@ -163,12 +123,20 @@ class TokenCache:
         return TokenCache, (self.folder, self.manifest)  # a pickled memory map would carry its content
 
     @classmethod
-    def open(cls, folder: str | Path, *, tokenizer_fingerprint: str | None = None, **wanted: Any) -> "TokenCache":
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        tokenizer_fingerprint: str | None = None,
+        key: str = "data.token_cache",
+        **wanted: Any,
+    ) -> "TokenCache":
         """Open a cache after checking that it is whole (manifest and sizes; `verify` reads the content) and fits.
 
         Args:
             folder: of the cache.
             tokenizer_fingerprint: refuse tokens of another tokenizer; None accepts any.
+            key: config key that chose the folder, for messages.
             **wanted: further fields of the manifest that must agree (data, views, codebook_size, extra, ...).
 
         Raises:
@@ -176,22 +144,26 @@ class TokenCache:
             CheckpointError: unfinished, damaged, or of other content.
         """
         folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise MissingFileError(
+                f"{key}={folder} holds no token cache (no {MANIFEST}); correct {key}, or build it, as training a "
+                "generator and task=pretokenize do"
+            )
         manifest = Manifest.read(folder)
         if not manifest.complete:
             raise CheckpointError(f"{folder} is not finished; repeat the command that builds it to complete it")
         if tokenizer_fingerprint is not None and manifest.tokenizer != tokenizer_fingerprint:
             raise CheckpointError(
-                f"data.token_cache={folder} holds tokens of tokenizer {manifest.tokenizer}, not of "
+                f"{key}={folder} holds tokens of tokenizer {manifest.tokenizer}, not of "
                 f"{tokenizer_fingerprint}; give the tokenizer it was made with, or another cache"
             )
         if difference := manifest.difference(wanted):
-            raise CheckpointError(f"data.token_cache={folder} holds other tokens: {difference}; choose another folder")
-        for name, (dtype, shape) in manifest.arrays().items():
-            size = dtype.itemsize * int(np.prod(shape))
+            raise CheckpointError(f"{key}={folder} holds other tokens: {difference}; choose another folder")
+        for name, array in manifest.arrays().items():
             actual = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if actual != size:
+            if actual != array.end:
                 raise CheckpointError(
-                    f"{folder / name} has {actual} bytes, not {size}; delete {folder} to build it again"
+                    f"{folder / name} has {actual} bytes, not {array.end}; delete {folder} to build it again"
                 )
         cache = cls(folder, manifest)
         check_labels(cache.labels, manifest.num_classes, str(folder))
@@ -210,8 +182,8 @@ class TokenCache:
             `tokens` (B, P, L), `label` (B,) and `index` (B,), all int64. The index tells views apart: number of the
             image in the data set times V, plus the view.
         """
-        images, views = np.divmod(np.asarray(numbers), VIEWS[self.manifest.views])
-        index = self.index[images] * VIEWS[self.manifest.views] + views
+        images, views = np.divmod(np.asarray(numbers), self.manifest.num_views)
+        index = self.index[images] * self.manifest.num_views + views
         return {
             "tokens": torch.from_numpy(self.tokens[numbers].astype(np.int64)),
             "label": torch.from_numpy(self.labels[images].astype(np.int64)),
@@ -228,3 +200,19 @@ class TokenCache:
             raise CheckpointError(f"{self.folder} is damaged (its checksum differs); delete it to build it again")
         if len(self) and int(self.tokens.max()) >= self.manifest.codebook_size:
             raise CheckpointError(f"{self.folder} holds tokens outside [0, {self.manifest.codebook_size})")
+
+
+def check_tokens(
+    tokens: Tensor | np.ndarray, shape: tuple[int, ...], codebook_size: int, origin: str = "the encoder"
+) -> None:
+    """Refuse tokens of another shape, of a type that holds no integers, or outside [0, K).
+
+    Raises:
+        DataError: says where they come from.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.shape != shape or tokens.dtype.kind not in "iu":
+        raise DataError(f"{origin} gave {tokens.dtype} tokens of shape {tokens.shape}, not integers {shape}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < codebook_size:
+        culprit = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(f"{origin} gave token {culprit}, outside [0, {codebook_size}) of codebook_size={codebook_size}")

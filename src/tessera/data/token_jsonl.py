@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from tessera.data.images import VIEWS, check_labels, check_views
-from tessera.data.token_cache import MANIFEST, Manifest, TokenCache
-from tessera.data.token_writer import TokenWriter, allocate, check_tokens, finish
+from tessera.data.images import check_labels
+from tessera.data.manifest import MANIFEST
+from tessera.data.resumable import RowWriter, fill
+from tessera.data.token_build import write_images
+from tessera.data.token_cache import Manifest, TokenCache, check_tokens, checksum
+from tessera.data.views import Views
 from tessera.errors import CheckpointError, ConfigError, DataError, MissingFileError
 
 BLOCK = 4096  # lines held at once
@@ -69,52 +72,73 @@ def import_jsonl(
 
     Raises:
         MissingFileError: no such file.
-        ConfigError: unknown views.
+        ConfigError: unknown or random views.
         CheckpointError: the folder holds a finished cache.
         DataError: a malformed line (named by number), tokens or labels out of range, a full disk.
     """
     path, folder = Path(path), Path(folder)
-    check_views(views)
+    views = Views.of(views)
+    if views.kind == "random":
+        raise ConfigError("random views can't be imported as such, as nothing tells their seed; import with views=none")
     if codebook_size < 1:
         raise ConfigError(f"codebook_size={codebook_size} must be at least 1")
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; give the file of JSON lines")
-    if (folder / MANIFEST).exists() and Manifest.read(folder).complete:
-        raise CheckpointError(f"{folder} already holds a token cache; delete it or choose another folder")
+    _make_way(folder)
     with open(path, "rb") as file:
         lines = sum(1 for _ in file)
-    count = VIEWS[views]
-    if lines == 0 or lines % count:
-        raise DataError(f"{path} has {lines} lines, which is no positive multiple of the {count} views per image")
+    if lines == 0 or lines % views.count:
+        raise DataError(f"{path} has {lines} lines, which is no positive multiple of the {views.count} views per image")
     tokens, _ = next(_blocks(path, 1))
     manifest = Manifest(
         tokenizer=tokenizer_fingerprint,
         data="",
-        views=views,
-        images=lines // count,
+        views=views.kind,
+        num_views=views.count,
+        images=lines // views.count,
         branches=tokens.shape[1],
         length=tokens.shape[2],
         codebook_size=codebook_size,
         num_classes=num_classes,
         extra=extra or {},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    allocate(folder, manifest, chunks=1)
-    done = 0
-    with TokenWriter(folder, manifest) as writer:
-        for tokens, labels in _blocks(path, BLOCK // count * count):
-            where = f"{path}, lines {done * count + 1} to {done * count + len(tokens)}"
-            check_tokens(tokens, (len(tokens), manifest.branches, manifest.length), codebook_size, where)
-            check_labels(labels, num_classes, where)
-            labels = labels.reshape(-1, count)
-            if (labels != labels[:, :1]).any():
-                raise DataError(f"{where}: views of one image have different classes; import with views=none")
-            images = range(done, done + len(labels))
-            writer.write(images, tokens, labels[:, 0], np.arange(images.start, images.stop))
-            done = images.stop
-        writer.mark(0)
-    finish(folder, manifest)
+
+    def work(writer: RowWriter, chunks: list[range]) -> None:
+        if chunks:  # one, of the whole file: an interrupted import begins anew, as the file may have been mended
+            _read_into(writer, path)
+            writer.mark(chunks[0])
+
+    def finish() -> None:
+        manifest.checksum = checksum(folder)
+
+    fill(folder, manifest, manifest.images, work, finish)
     return folder
+
+
+def _make_way(folder: Path) -> None:
+    """Refuse a folder that holds a finished cache; forget an interrupted import."""
+    if not (folder / MANIFEST).exists():
+        return
+    found = Manifest.read(folder)
+    if found.complete:
+        raise CheckpointError(f"{folder} already holds a token cache; delete it or choose another folder")
+    if not found.data:
+        (folder / MANIFEST).unlink()
+
+
+def _read_into(writer: RowWriter, path: Path) -> None:
+    manifest, done = writer.manifest, 0
+    views = manifest.num_views
+    for tokens, labels in _blocks(path, BLOCK // views * views):
+        where = f"{path}, lines {done * views + 1} to {done * views + len(tokens)}"
+        check_tokens(tokens, (len(tokens), manifest.branches, manifest.length), manifest.codebook_size, where)
+        check_labels(labels, manifest.num_classes, where)
+        labels = labels.reshape(-1, views)
+        if (labels != labels[:, :1]).any():
+            raise DataError(f"{where}: views of one image have different classes; import with views=none")
+        images = range(done, done + len(labels))
+        write_images(writer, images, tokens, labels[:, 0], np.arange(images.start, images.stop))
+        done = images.stop
 
 
 def _blocks(path: Path, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
