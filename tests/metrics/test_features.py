@@ -3,14 +3,9 @@ import torch
 from torch import nn
 
 from tessera.errors import CheckpointError, DataError, MissingFileError
-from tessera.metrics.features import (
-    WEIGHTS,
-    DigitsFeatures,
-    FashionFeatures,
-    FeatureExtractor,
-    InceptionFeatures,
-    full_precision,
-)
+from tessera.metrics.classifier_features import WEIGHTS, DigitsFeatures, FashionFeatures
+from tessera.metrics.features import FeatureExtractor, full_precision
+from tessera.metrics.inception import InceptionFeatures
 
 
 @pytest.mark.parametrize(("make", "limit_kb"), [(DigitsFeatures, 300), (FashionFeatures, 1000)])
@@ -85,7 +80,7 @@ def test_missing_and_foreign_weights(tmp_path, monkeypatch):
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="6726825d"):
         InceptionFeatures(tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="does not hold weights of the FID Inception"):
+    with pytest.raises(CheckpointError, match="does not fit"):
         InceptionFeatures(tmp_path / "other.pth", weights_label="other")
     with pytest.raises(CheckpointError, match="FeatureCNN"):
         DigitsFeatures(tmp_path / "other.pth")

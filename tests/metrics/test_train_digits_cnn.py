@@ -1,8 +1,8 @@
 import torch
 
 from tessera.metrics import train_digits_cnn
+from tessera.metrics.classifier_features import DigitsFeatures
 from tessera.metrics.feature_cnn import read_weights
-from tessera.metrics.features import DigitsFeatures
 
 
 def test_training_learns_and_is_deterministic(tmp_path):

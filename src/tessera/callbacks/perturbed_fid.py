@@ -139,7 +139,7 @@ class PerturbedFID(FigureCallback):
             features, changed = [], []
             for alpha, delta in self.fakes:
                 tokens = perturb_tokens(nearest, neighbors, site, ranks(rank, delta), alpha)
-                decoded = tokenizer.decode(tokenizer.quantizer.decode(tokens))
+                decoded = tokenizer.decode(tokenizer.quantizer.decode(tokens)).clamp(-1, 1)
                 features.append(self.extractor(decoded))
                 changed.append((tokens != nearest).flatten(1).double().mean(1))
         rates = torch.stack(changed).cpu()  # (settings, B)

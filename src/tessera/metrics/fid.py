@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tessera.errors import DataError
 from tessera.metrics.statistics import Statistics
-from tessera.metrics.sums import SumMetric
+from tessera.metrics.sums import SumMetric, usable_rows
 
 
 def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,24 +136,12 @@ class FrechetDistance(SumMetric):
             DataError: wrong width; a NaN or infinite feature; real features besides fixed reference
             statistics.
         """
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise DataError(f"features have shape {tuple(features.shape)}, expected (N, {self.num_features})")
         side = "real" if real else "fake"
         if side not in self.sides:
             why = " (it has fixed reference statistics)" if self.reference is not None else ""
             raise DataError(f"{side} features can't be added to this distance{why}")
-        index = torch.arange(len(features)) if index is None else index
-        if mask is not None:
-            mask = mask.to(features.device, torch.bool)
-            features, index = features[mask], index.to(features.device)[mask]
-        finite = features.isfinite().all(dim=1)
-        if not finite.all():
-            bad = index.to(finite.device)[~finite].tolist()
-            raise DataError(
-                f"features of sample {', '.join(map(str, bad[:8]))} are NaN or infinite "
-                f"({len(bad)} in this batch); check the model's output for divergence"
-            )
-        x = features.detach().to(getattr(self, f"{side}_sum").device, torch.float64)
+        rows, _ = usable_rows(features, self.num_features, mask, index)
+        x = rows.to(getattr(self, f"{side}_sum").device, torch.float64)
         setattr(self, f"{side}_n", getattr(self, f"{side}_n") + len(x))
         setattr(self, f"{side}_sum", getattr(self, f"{side}_sum") + x.sum(0))
         # in place: the product is accumulated without a second (d, d) matrix

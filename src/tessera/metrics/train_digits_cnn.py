@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import MissingFileError
+from tessera.metrics.classifier_features import WEIGHTS, prepare
 from tessera.metrics.feature_cnn import FeatureCNN, write_weights
-from tessera.metrics.features import WEIGHTS, prepare
 
 log = logging.getLogger(__name__)
 
