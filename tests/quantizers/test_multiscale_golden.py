@@ -66,8 +66,8 @@ def steps(file: Golden) -> list[str]:
 
 
 def depths(file: Golden, step: str) -> Tensor | None:
-    """Scales kept per image: the first step runs without dropout, the second drops in its first images only."""
-    if step == "0":
+    """Scales kept per image: the first step runs without dropout, later ones drop in their first images only."""
+    if step == "0" or "dropout" not in file.input:
         return None
     batch, scales = len(file.input["z_0"]), len(file.config["v_patch_nums"])
     kept = torch.full((batch,), scales)
