@@ -21,10 +21,10 @@ _MASK33 = (1 << 33) - 1
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64 finaliser on int64 tensors; the masks make the arithmetic shifts logical."""
-    x = (x ^ ((x >> 30) & _MASK34)) * _MIX1
-    x = (x ^ ((x >> 27) & _MASK37)) * _MIX2
-    return x ^ ((x >> 31) & _MASK33)
+    """splitmix64 finaliser on int64 tensors, written into x; the masks make the arithmetic shifts logical."""
+    x.bitwise_xor_((x >> 30).bitwise_and_(_MASK34)).mul_(_MIX1)
+    x.bitwise_xor_((x >> 27).bitwise_and_(_MASK37)).mul_(_MIX2)
+    return x.bitwise_xor_((x >> 31).bitwise_and_(_MASK33))
 
 
 def _stream_key(stream: str) -> int:
@@ -73,8 +73,8 @@ class IndexedRng:
         key = _mix((key + self.index) * _GAMMA)  # (B,)
         sites = torch.arange(1, count + 1, dtype=torch.int64, device=device)
         bits = _mix(key[:, None] + sites[None, :] * _GAMMA)
-        top24 = (bits >> 40) & ((1 << 24) - 1)
-        return (top24.to(torch.float32) / (1 << 24)).view(len(self.index), *shape)
+        top24 = (bits >> 40).bitwise_and_((1 << 24) - 1)
+        return top24.to(torch.float32).div_(1 << 24).view(len(self.index), *shape)
 
     def shared(self, stream: str, *shape: int) -> Tensor:
         alone = IndexedRng(self.seed, torch.zeros(1, dtype=torch.int64), self.step, f"{self.name}shared/")
@@ -129,7 +129,7 @@ def exponential(uniform: Tensor) -> Tensor:
     positive probability win an exponential race once in 2^24 draws: with 4096 codes and 256 tokens, a random
     code in one image of 16.
     """
-    return -torch.log1p(-(uniform + 2.0**-25).clamp_max_(1 - 2.0**-24))
+    return (uniform + 2.0**-25).clamp_max_(1 - 2.0**-24).neg_().log1p_().neg_()
 
 
 def normal(uniform: Tensor) -> Tensor:
