@@ -1,5 +1,6 @@
 """Loss of the heads: tiled and plain forms agree, in values, gradients and memory."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tessera.generators import scores
 from tessera.generators.scores import head_losses, site_sums
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import cross_entropy
 from measure import peak_bytes
 
 
@@ -127,3 +129,17 @@ def test_sums_per_site():
     assert torch.equal(some["site_loss"], torch.tensor([[0.0, 1, 2], [0, 0, 0]]))
     assert some["accuracy"].item() == pytest.approx(2 / 3) and some["site_count"].sum() == 3
     assert site_sums(losses, hits, torch.zeros_like(hits))["accuracy"] == 0
+
+
+def test_benchmark(monkeypatch, tmp_path, capsys):
+    """It runs, its sides agree, and what would not fit is left out."""
+    arguments = ["--tokens", "32", "--sizes", "64", "4096", "--dim", "8", "--repeats", "1", "--tile-mib", "0.001"]
+    monkeypatch.setattr(scores, "TILE_BYTES", scores.TILE_BYTES)  # restored afterwards
+    monkeypatch.setattr(
+        sys, "argv", ["cross_entropy.py", *arguments, "--memory", "0.001", "--json", str(tmp_path / "out.json")]
+    )
+    cross_entropy.main()
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["size"], row["tile_bytes"]) for row in rows] == [(64, None), (64, 1048), (4096, 1048)]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    assert rows[1]["difference"] < 1e-5 and "plain skipped" in capsys.readouterr().out
