@@ -8,6 +8,7 @@ from torch import Tensor
 
 from golden_cases import Golden
 from tessera.generators import RAR, SamplingConfig
+from tessera.generators.orders import raster_orders
 from tessera.generators.sampling import probabilities
 
 
@@ -58,23 +59,27 @@ def plain_generate(
     draw: Callable[[Tensor, int], Tensor],
     teacher: Tensor | None = None,
     keep: Tensor | None = None,
+    orders: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Tokens (B, P, L), and per step the conditional and unconditional logits (B, P, K).
+    """Tokens (B, P, L) by place, and per step the conditional and unconditional logits (B, P, K).
 
     No cache, no folded table; both halves run apart at every step and are combined behind the head.
     """
+    orders = raster_orders(len(labels), model.num_tokens) if orders is None else orders
+    every = torch.arange(len(labels))
     tokens = torch.zeros(len(labels), model.num_branches, 0, dtype=torch.int64)
     dropped = torch.ones(len(labels), dtype=torch.bool)
     weights = sampling.guidance_weights(model.num_tokens)
     conditional, unconditional = [], []
     for step in range(model.num_tokens):
-        conditional.append(model(tokens, model.condition_ids(labels))[:, -1])
-        unconditional.append(model(tokens, model.condition_ids(labels, dropped))[:, -1])
+        conditional.append(model(tokens, model.condition_ids(labels), orders)[:, -1])
+        unconditional.append(model(tokens, model.condition_ids(labels, dropped), orders)[:, -1])
         logits = conditional[-1]
         if weights is not None:
             logits = unconditional[-1] + weights[step] * (conditional[-1] - unconditional[-1])
         drawn = draw(probabilities(logits, sampling), step)
         if teacher is not None:
-            drawn = torch.where(keep[:, :, step], teacher[:, :, step], drawn)
+            place = orders[:, step]
+            drawn = torch.where(keep[every, :, place], teacher[every, :, place], drawn)
         tokens = torch.cat([tokens, drawn[:, :, None]], 2)
-    return tokens, conditional, unconditional
+    return torch.empty_like(tokens).scatter_(2, orders[:, None].expand_as(tokens), tokens), conditional, unconditional

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tessera.generators.cache import KVCache
-from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Attention, Linear
+from tessera.generators.compilation import Slots
+from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Attention
 
 
 def randomised(module):
@@ -32,21 +33,6 @@ def test_attention_is_the_formula():
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_for_few_rows(rows, dtype, bias):
-    layer, x = Linear(6, 9, bias=bias).to(dtype), torch.randn(rows, 1, 6, dtype=dtype)
-    expected = F.linear(x, layer.weight, layer.bias)
-    for context in (torch.no_grad(), torch.enable_grad()):
-        with context:
-            actual = layer(x)
-        assert actual.is_contiguous() and actual.dtype == dtype
-        torch.testing.assert_close(actual, expected)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-
-
 def test_attention_with_cache_in_any_pieces():
     layer = randomised(Attention(12, 3))
     x = torch.randn(2, 9, 12)
@@ -57,6 +43,18 @@ def test_attention_with_cache_in_any_pieces():
             outputs.append(layer(x[:, position : position + length], store, 0, position))
             position += length
         torch.testing.assert_close(torch.cat(outputs, 1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_at_slots(dtype):
+    """Steps at tensor positions, under a mask over whole buckets, are those at numbers."""
+    layer = randomised(Attention(12, 3)).to(dtype)
+    x = torch.randn(2, 9, 12, dtype=dtype)
+    slots = Slots(9, torch.device("cpu"), bucket=4)
+    assert slots.length == 12 and [slots[p].visible.shape[1] for p in (0, 3, 4, 8)] == [4, 4, 8, 12]
+    store = KVCache(1, 2, 3, slots.length, 4, dtype, torch.device("cpu"))
+    outputs = [layer(x[:, :2], store, 0, 0)] + [layer(x[:, p : p + 1], store, 0, slots[p]) for p in range(2, 9)]
+    torch.testing.assert_close(torch.cat(outputs, 1), layer(x))
 
 
 def test_cache_is_written_in_place_and_layers_are_apart():

@@ -1,14 +1,17 @@
 """Generation: equal to the plain pass, pinned by a teacher, independent of the batch."""
 
+import functools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from generators.rar_reference import plain_generate, small_rar
 from tessera.errors import ConfigError, DataError
-from tessera.generators import SamplingConfig
+from tessera.generators import RAR, RARSampling, SamplingConfig
 from tessera.generators.rar_decoder import RARDecoder
 from tessera.generators.sampling import make_draw
-from tessera.rng import IndexedRng
+from tessera.rng import IndexedRng, permutations
 
 GUIDED = SamplingConfig(temperature=1.1, guidance_scale=4.0, guidance_power=1.5)
 SETTINGS = [
@@ -48,12 +51,127 @@ def test_modulation_in_pieces(modulation_bytes):
     conditions = torch.cat([model.condition_ids(LABELS), torch.tensor([model.none_id])])
     tokens = torch.randint(0, 11, (6, 1, 9))
     with torch.no_grad():
-        decoder = RARDecoder(model, conditions, modulation_bytes)
+        decoder = RARDecoder(model, conditions, modulation_bytes=modulation_bytes)
         features = [decoder.start()] + [decoder.step(tokens[:, :, i], i) for i in range(8)]
         logits = model.head(torch.stack(features, 1))
         expected = model(tokens[:, :, :-1], conditions)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert (decoder.chunk == 2) == (modulation_bytes == 0)
+
+
+def shuffled(count=5, length=9):
+    return torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(s)) for s in range(count)])
+
+
+@pytest.mark.parametrize("sampling", [SETTINGS[0], GUIDED])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_any_order_equals_the_plain_pass(sampling, pinned):
+    """Tokens, and pinned ones, belong to places of the image; draws to steps."""
+    model, orders = small_rar(num_branches=2), shuffled()
+    given = teacher_and_keep(model, 0.4) if pinned else (None, None)
+    draw = make_draw(rng(), 5, torch.device("cpu"))
+    expected, _, _ = plain_generate(model, LABELS, sampling, draw, *given, orders)
+    teacher, keep = given
+    actual = model.generate(LABELS, sampling, teacher=teacher, keep=keep, rng=rng(), orders=orders)
+    assert torch.equal(actual, expected)
+    assert not pinned or torch.equal(actual[keep], teacher[keep])
+    assert not torch.equal(actual, model.generate(LABELS, sampling, teacher=teacher, keep=keep, rng=rng()))
+
+
+def test_raster_order_given_or_named():
+    model = small_rar()
+    expected = model.generate(LABELS, GUIDED, rng=rng())
+    raster = torch.arange(9).repeat(5, 1)
+    assert torch.equal(model.generate(LABELS, GUIDED, rng=rng(), orders=raster), expected)
+    named = RARSampling(temperature=1.1, guidance_scale=4.0, guidance_power=1.5)
+    assert torch.equal(model.generate(LABELS, named, rng=rng()), expected)
+
+
+def test_random_orders_belong_to_samples():
+    model, sampling, index = small_rar(), RARSampling(order="random"), torch.tensor([4, 40, 2, 11, 7])
+    together = model.generate(LABELS, sampling, rng=IndexedRng(3, index))
+    orders = permutations(IndexedRng(3, index).uniform("order/permutation", 9))
+    assert torch.equal(together, model.generate(LABELS, SETTINGS[0], rng=IndexedRng(3, index), orders=orders))
+    alone = [model.generate(LABELS[i : i + 1], sampling, rng=IndexedRng(3, index[i : i + 1])) for i in range(5)]
+    assert torch.equal(together, torch.cat(alone))
+    torch.manual_seed(0)
+    first = model.generate(LABELS, sampling)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(LABELS, sampling))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "arguments", "error", "message"),
+    [
+        (RARSampling(order="random"), {"orders": shuffled()}, ConfigError, "orders are given"),
+        (RARSampling(order="random"), {"rng": lambda probs, step: probs.argmax(-1)}, ConfigError, "rng is a function"),
+        (RARSampling(order="random"), {"rng": rng(3)}, ConfigError, "one index per label"),
+        (GUIDED, {"orders": shuffled(4)}, DataError, r"orders have shape \(4, 9\).*need \(5, 9\) int64"),
+        (GUIDED, {"orders": shuffled().int()}, DataError, "need .* int64"),
+        (GUIDED, {"orders": shuffled().clamp(max=7)}, DataError, "the order of sample 0 is no permutation of 0 .. 8"),
+    ],
+)
+def test_bad_orders_are_refused(sampling, arguments, error, message):
+    with pytest.raises(error, match=message):
+        small_rar().generate(LABELS, sampling, **arguments)
+
+
+def test_unknown_order_is_refused():
+    with pytest.raises(ConfigError, match=r"sampling\.order='diagonal' is unknown"):
+        RARSampling(order="diagonal")
+
+
+@pytest.fixture
+def compiling(monkeypatch, request):
+    """Steps compiled by the given backend, and the number of times each was compiled."""
+    counts = CompileCounterWithBackend(request.param)
+    compile_step = functools.cache(lambda function, mode: torch.compile(function, backend=counts, fullgraph=True))
+    monkeypatch.setattr("tessera.generators.compilation._compile", compile_step)
+    torch._dynamo.reset()
+    yield counts
+    torch._dynamo.reset()
+
+
+BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("compiling", BACKENDS, indirect=True)
+def test_compiled_step(compiling):
+    """The same tokens, from code that isn't compiled again for other positions, labels, orders or draws."""
+    model = small_rar(num_branches=2, num_tokens=130)
+    model.compile_sampling()
+    state = set(model.state_dict())
+    model.generate(LABELS, GUIDED, rng=rng())
+    compilations = compiling.frame_count
+    assert 1 <= compilations <= 3  # once for the first bucket, then for any number of them
+    labels = LABELS.flip(0)
+    found = model.generate(labels, GUIDED, rng=rng(seed=1))
+    assert compiling.frame_count == compilations
+    assert torch.equal(found, small_rar(num_branches=2, num_tokens=130).generate(labels, GUIDED, rng=rng(seed=1)))
+    assert set(model.state_dict()) == state
+
+
+@pytest.mark.parametrize("compiling", ["eager"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_step_in_any_order_with_a_teacher(compiling, dtype):
+    model, orders = small_rar(num_tokens=40).to(dtype), shuffled(5, 40)
+    teacher, keep = teacher_and_keep(model, 0.3)
+    arguments = {"teacher": teacher, "keep": keep, "orders": orders}
+    expected = model.generate(LABELS, GUIDED, rng=rng(), **arguments)
+    model.compile_sampling()
+    found = model.generate(LABELS, GUIDED, rng=rng(), **arguments)
+    assert compiling.frame_count
+    if dtype == torch.float32:
+        assert torch.equal(found, expected)
+    assert torch.equal(found[keep], teacher[keep])
+
+
+def test_a_generator_without_a_compiled_step_says_so():
+    class Other(RAR):
+        can_compile_sampling = False
+
+    with pytest.raises(ConfigError, match="Other has no compiled sampling step"):
+        Other(11, 9, 4, hidden_size=16, depth=1, num_heads=2, mlp_size=24).compile_sampling()
 
 
 def test_teacher_at_full_share_is_returned():
@@ -129,7 +247,7 @@ def test_unconditional_half_runs_only_where_it_counts(monkeypatch, sampling, row
             seen.append(len(conditions))
             super().__init__(model, conditions)
 
-    monkeypatch.setattr("tessera.generators.rar_decoder.RARDecoder", Watched)
+    monkeypatch.setattr("tessera.generators.rar.RARDecoder", Watched)
     small_rar().generate(LABELS, sampling, rng=rng())
     assert seen == [rows]
 
@@ -197,6 +315,8 @@ def test_bfloat16(how):
         with torch.no_grad():
             assert RARDecoder(model, model.condition_ids(LABELS)).cache.keys.dtype == torch.bfloat16
     assert tokens.dtype == torch.int64
+    logits = torch.stack(seen).log()
+    assert (logits != logits.bfloat16()).any()  # drawn from float32 logits, not from rounded ones
     gap = torch.stack([(a - b).abs().sum(-1).mean() for a, b in zip(seen, expected, strict=True)])
     assert all(probs.dtype == torch.float32 for probs in seen)
     assert gap.max() < 0.15

@@ -1,9 +1,36 @@
-"""Orders in which tokens are predicted in training: random permutations that give way to the raster order."""
+"""Orders in which tokens are predicted: random permutations that give way to the raster order in training, and either
+in sampling."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tessera.errors import ConfigError, DataError
+from tessera.generators.sampling import SamplingConfig
 from tessera.rng import SampleRng, permutations
+
+ORDERS = ("raster", "random")
+
+
+@dataclass(frozen=True)
+class RARSampling(SamplingConfig):
+    """Settings of RAR's sampling.
+
+    Args:
+        order: raster, or random: a uniform permutation for each sample. Training ends with the raster order alone, so
+            random orders suit models whose `order_anneal` ends late.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    order: str = "raster"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ORDERS:
+            raise ConfigError(f"sampling.order={self.order!r} is unknown; choose one of {', '.join(ORDERS)}")
 
 
 def random_ratio(position: float, start: float, end: float) -> float:
@@ -48,6 +75,23 @@ def sample_orders(rng: SampleRng, batch_size: int, length: int, ratio: float, de
     chosen = rng.uniform("order/random").to(device) < ratio
     shuffled = permutations(rng.uniform("order/permutation", length).to(device))
     return torch.where(chosen[:, None], shuffled, raster)
+
+
+def check_orders(orders: Tensor, batch_size: int, length: int) -> None:
+    """Refuse orders that are no (B, L) int64 permutations of 0 .. L - 1.
+
+    Raises:
+        DataError: names the shape and type, or the first sample whose order is none.
+    """
+    if tuple(orders.shape) != (batch_size, length) or orders.dtype != torch.int64:
+        raise DataError(
+            f"orders have shape {tuple(orders.shape)} and type {orders.dtype}; need {(batch_size, length)} int64"
+        )
+    wrong = (orders.sort(1).values != raster_orders(batch_size, length, orders.device)).any(1).nonzero()
+    if len(wrong):
+        raise DataError(
+            f"the order of sample {int(wrong[0])} is no permutation of 0 .. {length - 1}; give every place once"
+        )
 
 
 def permute(tokens: Tensor, orders: Tensor) -> Tensor:

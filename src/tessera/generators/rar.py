@@ -1,18 +1,30 @@
 """RAR: autoregressive transformer trained on randomised token orders that give way to the raster order."""
 
+from functools import partial
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
+from tessera.generators.autoregression import sample_sequence
 from tessera.generators.base import Generator
 from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Linear
-from tessera.generators.orders import inverse, permute, random_ratio, raster_orders, sample_orders
-from tessera.generators.rar_decoder import generate_raster
+from tessera.generators.orders import (
+    RARSampling,
+    check_orders,
+    inverse,
+    permute,
+    random_ratio,
+    raster_orders,
+    sample_orders,
+)
+from tessera.generators.rar_decoder import RARDecoder
 from tessera.generators.sampling import Rng, SamplingConfig
 from tessera.generators.scores import head_losses, site_sums
-from tessera.rng import SampleRng, as_sample_rng
+from tessera.rng import SampleRng, as_sample_rng, permutations
 
 
 class RAR(Generator):
@@ -49,8 +61,11 @@ class RAR(Generator):
         ConfigError: a value out of range.
 
     Source: Yu et al. 2024 (arXiv:2411.00776); modeling/rar.py of bytedance/1d-tokenizer, which the parameter
-        names follow. Branches are an addition.
+        names follow. Branches and sampling in other orders are additions.
     """
+
+    sampling_types: ClassVar[tuple[type[SamplingConfig], ...]] = (SamplingConfig, RARSampling)
+    can_compile_sampling = True
 
     def __init__(
         self,
@@ -257,9 +272,52 @@ class RAR(Generator):
         teacher: Tensor | None = None,
         keep: Tensor | None = None,
         rng: Rng = None,
+        orders: Tensor | None = None,
     ) -> Tensor:
-        """See `Generator.generate`. Raster order; each step feeds one position (`rar_decoder`)."""
+        """See `Generator.generate`; each step feeds one position (`rar_decoder`).
+
+        Args:
+            orders: (B, L) int64 permutations: sample b's k-th token is that of place orders[b, k]. None: as
+                `RARSampling.order` says. Whatever the order, tokens, teacher and keep are by place of the image.
+
+        Raises:
+            ConfigError: also where random orders are asked for and orders are given, or rng is a function.
+            DataError: also where orders are no permutations.
+        """
         self.check_labels(labels)
         self.check_sampling(sampling)
         self.check_teacher(teacher, keep, len(labels))
-        return generate_raster(self, labels, sampling, teacher, keep, rng)
+        orders = self._sampling_orders(orders, sampling, rng, len(labels))
+        if orders is None:
+            return sample_sequence(self, partial(RARDecoder, self), labels, sampling, teacher, keep, rng)
+        if teacher is not None:
+            teacher, keep = (permute(given.to(orders.device), orders) for given in (teacher, keep))
+        decoder = partial(RARDecoder, self, orders=orders)
+        return permute(sample_sequence(self, decoder, labels, sampling, teacher, keep, rng), inverse(orders))
+
+    def _sampling_orders(
+        self, orders: Tensor | None, sampling: SamplingConfig, rng: Rng, batch_size: int
+    ) -> Tensor | None:
+        """The orders to sample in, on the model's device; None: raster. Random ones: stream "order/permutation"."""
+        device = self.lm_head.weight.device
+        is_random = isinstance(sampling, RARSampling) and sampling.order == "random"
+        if orders is not None:
+            if is_random:
+                raise ConfigError(
+                    "sampling.order=random, but orders are given; choose sampling.order=raster to use them"
+                )
+            check_orders(orders, batch_size, self.num_tokens)
+            return orders.to(device)
+        if not is_random:
+            return None
+        if callable(rng):
+            raise ConfigError(
+                "sampling.order=random needs a source of draws, but rng is a function; give orders instead"
+            )
+        uniform = as_sample_rng(rng, batch_size, device).uniform("order/permutation", self.num_tokens)
+        if len(uniform) != batch_size:
+            raise ConfigError(
+                f"rng draws for {len(uniform)} samples but {batch_size} labels were given; give the random source one "
+                "index per label"
+            )
+        return permutations(uniform.to(device))

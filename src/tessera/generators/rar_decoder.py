@@ -1,5 +1,5 @@
-"""Incremental raster-order decoding of RAR: the same function as its plain pass, with everything that doesn't
-depend on tokens computed once and nothing of the past computed twice."""
+"""Incremental decoding of RAR: the same function as its plain pass, with everything that doesn't depend on tokens
+computed once and nothing of the past computed twice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.generators.cache import KVCache
-from tessera.generators.inference import compute_dtype, evaluating, guided
-from tessera.generators.sampling import Rng, SamplingConfig, make_draw, probabilities
+from tessera.generators.cache import KVCache, Position
+from tessera.generators.compilation import Slots, compiled, keep_address
+from tessera.generators.inference import compute_dtype, float32_head
+from tessera.generators.orders import raster_orders
 
 if TYPE_CHECKING:
     from tessera.generators.rar import RAR
@@ -24,8 +25,8 @@ class RARDecoder:
 
     What makes it cheaper than the plain pass, at equal results up to rounding:
 
-    - raster order makes the shift of the target-aware table constant: position p adds one row,
-      M[p] = pos[p] + target[p + 1], M[0] = pos[0];
+    - what a position adds to its token, its own embedding and that of the place it predicts, is summed once; in raster
+      order it is the same for every sample;
     - keys and values of earlier positions lie in a preallocated cache;
     - the modulation of the blocks depends on class and position only: it is computed for the distinct classes
       of the batch (the unconditional half is one), for as many positions at once as `modulation_bytes` hold.
@@ -36,105 +37,99 @@ class RARDecoder:
     Args:
         model: in eval mode.
         conditions: (R,) int64 from `RAR.condition_ids`, one per row.
+        orders: (B, L) int64 permutations, R a multiple of B: tokens are fed and predicted in this order. None: raster.
         modulation_bytes: bound of the modulation table; at least two positions are held.
     """
 
-    def __init__(self, model: RAR, conditions: Tensor, modulation_bytes: int = MODULATION_BYTES):
+    def __init__(
+        self,
+        model: RAR,
+        conditions: Tensor,
+        orders: Tensor | None = None,
+        modulation_bytes: int = MODULATION_BYTES,
+    ):
         self.model, self.length = model, model.num_tokens + 1  # the last token is never fed back
         weight = model.lm_head.weight
-        self.places = model.pos_embed[0, : self.length].clone()
-        self.places[1:] += model.target_aware_pos_embed[0, 2 : self.length + 1]
+        places = (raster_orders(1, model.num_tokens, weight.device) if orders is None else orders) + 2
+        prefix = model.pos_embed[:, :2].expand(len(places), -1, -1)
+        self.places = torch.cat([prefix, model.pos_embed[0][places[:, :-1]]], 1)  # (B or 1, L + 1, d)
+        self.places[:, 1:] += model.target_aware_pos_embed[0][places]
         self.distinct, self.member = conditions.unique(return_inverse=True)
         self.conditions = conditions
         dtype = compute_dtype(weight)
-        width = (6 * len(model.blocks) + 2) * model.hidden_size
-        row_bytes = len(self.distinct) * width * torch.finfo(dtype).bits // 8
+        width = 6 * len(model.blocks) + 2
+        row_bytes = len(self.distinct) * width * model.hidden_size * torch.finfo(dtype).bits // 8
         self.chunk = min(max(2, modulation_bytes // row_bytes), self.length)
-        self.first, self.held, self.tables = 0, 0, []  # positions first .. first + held - 1 are in the tables
+        self.table = weight.new_empty(self.chunk, len(self.distinct), width, model.hidden_size, dtype=dtype)
+        self.first, self.held = 0, 0  # positions first .. first + held - 1 are in the table
+        self.slots = Slots(self.length, weight.device) if model.compiles_sampling else None
         self.cache = KVCache(
             len(model.blocks),
             len(conditions),
             model.num_heads,
-            self.length,
+            self.length if self.slots is None else self.slots.length,
             model.hidden_size // model.num_heads,
             dtype,
             weight.device,
         )
+        if self.slots is not None:
+            keep_address(self.cache)
+        self.head = float32_head(model.lm_head)
 
     def _hold(self, first: int) -> None:
-        """Compute the modulation of positions `first` and following, as many as a table holds."""
+        """Compute the modulation of positions `first` and following, as many as the table holds."""
         model = self.model
-        self.tables = []  # free the old ones before the new ones are made
         steps = model.timesteps_embeddings[0, first : min(first + self.chunk, self.length)]
         activated = F.silu(steps[:, None] + model.embeddings(self.distinct))  # (positions, classes, d)
-        self.first, self.held = first, len(steps)
-        self.tables = [layer.modulation(activated) for layer in (*model.blocks, model.adaln_before_head)]
+        self.first, self.held, start = first, len(steps), 0
+        for layer in (*model.blocks, model.adaln_before_head):
+            modulation = layer.modulation(activated)
+            end = start + modulation.shape[-2]
+            self.table[: self.held, :, start:end] = modulation
+            start = end
 
-    def _feed(self, x: Tensor, position: int) -> Tensor:
-        """Run the blocks on (R, N, d) inputs of N positions; (R, d) features of the last, before the head."""
-        end = position + x.shape[1]
-        if not self.first <= position < end <= self.first + self.held:
+    def modulation(self, position: int, count: int) -> Tensor:
+        """(count, classes, 6 n + 2, d): the modulation of all layers at `count` positions from `position` on."""
+        if not self.first <= position < position + count <= self.first + self.held:
             self._hold(position)
-        held = slice(position - self.first, end - self.first)
-        *blocks, last = self.tables
-        for layer, (block, table) in enumerate(zip(self.model.blocks, blocks, strict=True)):
-            modulation = table[held].index_select(1, self.member).transpose(0, 1)  # (R, N, 6, d)
-            x = block.extend(x, modulation, self.cache, layer, position)
-        modulation = last[end - 1 - self.first].index_select(0, self.member)
-        return self.model.adaln_before_head.modulate(x[:, -1], modulation)
+        return self.table[position - self.first : position - self.first + count]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(B, N, d) of the samples -> (R, N, d) of the rows."""
+        return x.repeat(len(self.conditions) // len(x), 1, 1)
+
+    def _run(self, x: Tensor, modulation: Tensor, position: Position) -> Tensor:
+        """Run the blocks on the (R, N, d) inputs of N positions; (R, d) features of the last, before the head."""
+        modulation = modulation.index_select(1, self.member).transpose(0, 1)  # (R, N, 6 n + 2, d)
+        *blocks, last = modulation.split([6] * len(self.model.blocks) + [2], 2)
+        for layer, (block, part) in enumerate(zip(self.model.blocks, blocks, strict=True)):
+            x = block.extend(x, part, self.cache, layer, position)
+        return self.model.adaln_before_head.modulate(x[:, -1], last[:, -1])
+
+    def _advance(self, tokens: Tensor, places: Tensor, modulation: Tensor, position: Position) -> Tensor:
+        """A step: no shape but the slot's and no number in here depends on the position."""
+        return self._run(self._rows(self.model.embed_tokens(tokens[:, :, None]) + places), modulation, position)
 
     def start(self) -> Tensor:
         """Feed cls and condition; (R, d) features that predict the first token."""
         content = self.model.embeddings(self.conditions)[:, None]
-        x = torch.cat([self.model.cls_token.expand(len(content), -1, -1), content], 1) + self.places[:2]
-        return self._feed(x, 0)
+        x = torch.cat([self.model.cls_token.expand(len(content), -1, -1), content], 1)
+        return self._run(x + self._rows(self.places[:, :2]), self.modulation(0, 2), 0)
 
     def step(self, tokens: Tensor, index: int) -> Tensor:
         """Feed a token; (R, d) features that predict the next.
 
         Args:
-            tokens: (B, P) int64, token number `index` of each sample. R is a multiple of B; row r gets the
+            tokens: (B, P) int64, the token fed as number `index` of each sample. R is a multiple of B; row r gets the
                 token of sample r mod B.
             index: 0 .. L - 2.
         """
-        x = self.model.embed_tokens(tokens[:, :, None]) + self.places[index + 2]
-        return self._feed(x.repeat(len(self.conditions) // len(tokens), 1, 1), index + 2)
+        position = index + 2
+        inputs = (tokens, self.places[:, position : position + 1], self.modulation(position, 1))
+        if self.slots is None:
+            return self._advance(*inputs, position)
+        return compiled(RARDecoder._advance, tokens.device.type)(self, *inputs, self.slots[position])
 
-
-def generate_raster(
-    model: RAR,
-    labels: Tensor,
-    sampling: SamplingConfig,
-    teacher: Tensor | None = None,
-    keep: Tensor | None = None,
-    rng: Rng = None,
-) -> Tensor:
-    """Sample raster-order tokens; arguments as in `Generator.generate`, already checked.
-
-    Both halves of guidance run as one batch and are combined before the head, which is affine, so that the
-    head runs once per sample. Without guidance, or where every weight is 1, the unconditional half doesn't
-    run.
-    """
-    device = model.lm_head.weight.device
-    labels, batch = labels.to(device), len(labels)
-    tokens = torch.empty(batch, model.num_branches, model.num_tokens, dtype=torch.int64, device=device)
-    if batch == 0:
-        return tokens
-    if teacher is not None:
-        teacher, keep = teacher.to(device), keep.to(device)
-    weights, temperatures = sampling.guidance_weights(model.num_tokens), sampling.temperatures(model.num_tokens)
-    draw = make_draw(rng, batch, device)
-    with evaluating(model):
-        conditions = model.condition_ids(labels)
-        if weights is not None:
-            conditions = torch.cat([conditions, torch.full_like(conditions, model.none_id)])
-        decoder = RARDecoder(model, conditions)
-        for index in range(model.num_tokens):
-            features = decoder.start() if index == 0 else decoder.step(tokens[:, :, index - 1], index - 1)
-            if weights is not None:
-                features = guided(features, weights[index])
-            drawn = draw(probabilities(model.head(features), sampling, temperatures[index]), index)
-            if teacher is not None:
-                drawn = torch.where(keep[:, :, index], teacher[:, :, index], drawn)
-            tokens[:, :, index] = drawn
-    return tokens
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, d) features -> (B, P, K) float32."""
+        return self.head(features).unflatten(-1, (self.model.num_branches, self.model.codebook_size))
