@@ -114,7 +114,7 @@ class VAR(Generator):
 
         self.pos_start = nn.Parameter(torch.empty(1, self.scale_sizes[0], hidden_size))
         self.pos_1LC = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size))
-        self.word_embed = nn.Linear(latent_channels, hidden_size)
+        self.word_embed = Linear(latent_channels, hidden_size)
         self.class_emb = nn.Embedding(num_classes + 1, hidden_size)
         self.lvl_embed = nn.Embedding(len(self.grids), hidden_size)
         self.shared_ada_lin = adaptive_projection(hidden_size, 6) if shared_modulation else None

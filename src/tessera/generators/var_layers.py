@@ -70,7 +70,7 @@ class ScaleAttention(nn.Module):
         super().__init__()
         self.num_heads, self.sizes = num_heads, list(sizes)
         self.factor = 1.0 if normalized else 0.25 / math.sqrt(dim // num_heads)
-        self.mat_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.mat_qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4))) if normalized else None
         self.proj = Linear(dim, dim)
@@ -82,13 +82,12 @@ class ScaleAttention(nn.Module):
             return AttentionConstants(bias, None)
         return AttentionConstants(bias, self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp())
 
-    def _project(self, x: Tensor, constants: AttentionConstants) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> queries, keys and values (B, H, N, D)."""
-        qkv = F.linear(x, self.mat_qkv.weight, constants.bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if constants.query_scale is not None:
+    def _heads(self, qkv: Tensor, query_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Joint projections (B, N, 3 C) -> queries, keys and values (B, H, N, D)."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if query_scale is not None:
             # normalised in float32 whatever the type of the products
-            q = (F.normalize(q.float(), dim=-1) * constants.query_scale).to(v.dtype)
+            q = (F.normalize(q.float(), dim=-1) * query_scale).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
         return q, k, v
 
@@ -97,7 +96,9 @@ class ScaleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """All scales, (B, L, C) -> (B, L, C)."""
-        return self._merge(scale_causal_attention(*self._project(x, self.constants()), self.sizes, self.factor))
+        bias, query_scale = self.constants()
+        heads = self._heads(F.linear(x, self.mat_qkv.weight, bias), query_scale)
+        return self._merge(scale_causal_attention(*heads, self.sizes, self.factor))
 
     def extend(self, x: Tensor, constants: AttentionConstants, cache: KVCache, layer: int, position: int) -> Tensor:
         """The next scale, which sees itself and what the cache holds; no mask is needed.
@@ -111,7 +112,8 @@ class ScaleAttention(nn.Module):
         Returns:
             (B, N, C).
         """
-        q, k, v = self._project(x, constants)
+        # the bias apart: sampling has quicker products for layers as they are
+        q, k, v = self._heads(self.mat_qkv(x) + constants.bias, constants.query_scale)
         keys, values = cache.write(layer, position, k, v)
         return self._merge(F.scaled_dot_product_attention(q, keys, values, scale=self.factor))
 
