@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from generators.var_reference import branch_key, recorded, recorded_tokens
-from golden_cases import Golden, assert_outputs, golden
+from golden_cases import Golden, assert_close, assert_outputs, golden
+from optim.test_schedules import HELD
 from tessera.generators import VAR, SamplingConfig
+from tessera.optim import HeldSchedule, decay_groups, decayed_names
 from tessera.zoo import from_public
 from tessera.zoo.var_generator import decoder
 
@@ -127,3 +129,55 @@ def test_sampling(case):
     file = golden(case)
     model = from_public("var", file.config, file.weights)
     assert_outputs(sample_outputs(model, file), file, atol=5e-5)
+
+
+def train_outputs(model: VAR, file: Golden) -> dict[str, Tensor]:
+    """Every recorded output of the training steps: rates and figures by step, parameters after the last."""
+    options, steps = file.config, {}
+    groups = decay_groups(model, options["twd"], "var")
+    optimizer = torch.optim.AdamW(groups, lr=options["tlr"], betas=(0.9, 0.95), eps=1e-8)
+    kind = options["sche"]
+    schedule = HeldSchedule(
+        **HELD.get(kind) or {"hold": 0.0, "knee": float(kind.removeprefix("lin"))},
+        warmup_factor=options["wp0"],
+        warmup_steps=options["wp_it"],
+        end_factor=options["wpe"],
+        end_weight_decay=options["twde"] or options["twd"],
+    )(optimizer, options["max_it"])
+    model.class_dropout, model.drop_path, model.label_smoothing = 0.0, 0.0, options["ls"]
+    last = slice(-model.scale_sizes[-1], None)
+    for step in range(options["steps"]):
+        tokens, labels = recorded_tokens(file, model, f"step{step}/"), file.input[f"step{step}/label"]
+        with torch.no_grad():
+            plain = model.eval().loss(tokens, labels)
+        means = {name: plain[name] / plain["site_count"] for name in ("site_loss", "site_hits")}
+        optimizer.zero_grad()
+        model.train().loss(tokens, labels)["loss"].backward()
+        found = {
+            "lr": optimizer.param_groups[0]["lr"],
+            "wd": optimizer.param_groups[0]["weight_decay"],
+            "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), options["tclip"]),
+            "Lm": means["site_loss"].mean(),
+            "Lt": means["site_loss"][:, last].mean(),
+            "Accm": 100 * means["site_hits"].mean(),
+            "Acct": 100 * means["site_hits"][:, last].mean(),
+        }
+        for name, value in found.items():
+            steps.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float64))
+        optimizer.step()
+        schedule.step()
+    ours = {name: torch.stack(values) for name, values in steps.items()}
+    return ours | {f"final/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["var_p1_train"])
+def test_training_steps(case):
+    file = golden(case)
+    model = from_public("var", file.config, file.weights)
+    parameters = {name for name, _ in model.named_parameters()}
+    assert parameters - decayed_names(model, "var") == set(file.config["no_decay"])
+    ours = train_outputs(model, file)
+    assert_outputs(ours, file)
+    for name in ("lr", "wd"):  # smaller than the tolerance of the others
+        assert_close(ours[name], file.output[name], atol=0, rtol=1e-9)
