@@ -104,8 +104,10 @@ def test_every_output(case):
 @CASES
 @torch.no_grad()
 def test_every_weight_matters(case):
-    """A changed weight changes the logits by far more than the tolerance: the comparison above can fail. Softmax doesn't
-    see the bias of keys, and of the token types only the first is used."""
+    """A changed weight changes the logits by far more than the tolerance: the comparison above can fail.
+
+    Softmax doesn't see the bias of keys, and of the token types only the first is used.
+    """
     data = golden(case)
     model = golden_maskgit(data)
     for name, parameter in model.named_parameters():
