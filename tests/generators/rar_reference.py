@@ -10,24 +10,12 @@ from golden_cases import Golden
 from tessera.generators import RAR, SamplingConfig
 from tessera.generators.orders import raster_orders
 from tessera.generators.sampling import probabilities
+from tessera.zoo import from_public
 
 
-def golden_rar(case: Golden, sizes: dict[str, Any]) -> RAR:
-    """RAR of a golden file's sizes with its weights loaded strictly, in eval mode."""
-    hidden, mlp = sizes["hidden_size"], sizes["intermediate_size"]
-    model = RAR(
-        codebook_size=sizes["codebook_size"],
-        num_tokens=sizes["image_seq_len"],
-        num_classes=sizes["condition_num_classes"],
-        hidden_size=hidden,
-        depth=sizes["num_hidden_layers"],
-        num_heads=sizes["num_attention_heads"],
-        mlp_size=int(hidden * (mlp / hidden)),  # the public code's rounding
-        dropout=sizes["dropout"],
-        attention_dropout=sizes["attn_drop"],
-    )
-    model.load_state_dict(case.weights, strict=True)
-    return model.eval()
+def golden_rar(case: Golden) -> RAR:
+    """RAR of a golden file."""
+    return from_public(case.metadata["family"], case.config, case.weights)
 
 
 def public_sampling(options: dict[str, float]) -> SamplingConfig:

@@ -29,7 +29,7 @@ def forward_inputs(data, model: RAR) -> tuple[Tensor, Tensor, Tensor]:
 @FORWARD
 def test_conditions(case):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     classes = data.input["class_ids"]
     assert torch.equal(model.condition_ids(classes, data.input["drop"].bool()), data.output["condition_ids"])
     assert torch.equal(model.condition_ids(classes), data.output["condition_ids_p0"])
@@ -39,7 +39,7 @@ def test_conditions(case):
 @FORWARD
 def test_forward(case):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     tokens, conditions, orders = forward_inputs(data, model)
     permuted = tokens.gather(2, orders[:, None])
     assert torch.equal(permuted[:, 0], data.output["labels"])
@@ -60,7 +60,7 @@ def test_forward(case):
 @FORWARD
 def test_raster_and_partial_logits(case):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     tokens, conditions, _ = forward_inputs(data, model)
     assert_close(model(tokens, conditions)[:, :, 0], data.output["logits_raster"])
     prefix = tokens[:, :, : data.config["partial"]]
@@ -71,7 +71,7 @@ def test_raster_and_partial_logits(case):
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 def test_loss_and_gradients(case, checkpoint_blocks):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     if checkpoint_blocks:
         model.checkpoint_blocks = True
         model.train()
@@ -112,6 +112,15 @@ def test_random_ratio(case):
     assert_close(torch.tensor(shares), data.output["random_ratio"], atol=1e-6)
 
 
+@FORWARD
+def test_every_output_is_compared(case):
+    """By name: what the tests above look at is all there is; the rates (lr) are a test of the schedules."""
+    compared = """before_head block0_attn_out block0_condition block0_input block0_output condition_ids condition_ids_p0
+        condition_ids_p1 correct_tokens labels logits logits_raster logits_sampling_partial loss lr random_ratio"""
+    others = {name for name in golden(case).output if not name.startswith(("grad/", "grad_slice/"))}
+    assert others == set(compared.split())
+
+
 @pytest.mark.usefixtures("shipped_files")
 @FORWARD
 @pytest.mark.parametrize(
@@ -138,7 +147,7 @@ def test_random_ratio(case):
 def test_every_part_matters(case, part):
     """A changed weight changes the logits by far more than the tolerance: the comparison above can fail."""
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     tokens, conditions, orders = forward_inputs(data, model)
     with torch.no_grad():
         parameter = model.get_parameter(part)
@@ -170,11 +179,15 @@ def cached_logits(model: RAR, labels: Tensor, tokens: Tensor, steps: int) -> tup
 @GENERATE
 def test_runs(case):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     labels = data.input["class_ids"]
     for run, options in data.config["runs"].items():
         sampling = public_sampling(options)
-        expected = {key.removeprefix(f"{run}/"): value for key, value in data.output.items() if key.startswith(run)}
+        prefix = f"{run}/"
+        expected = {key.removeprefix(prefix): value for key, value in data.output.items() if key.startswith(prefix)}
+        assert {name.removesuffix("_nocache") for name in expected} <= {
+            "cfg_scale", "cond_logits", "ids", "probs", "uncond_logits",
+        }  # fmt: skip
         weights = guidance_weights(options["guidance_scale"], options["guidance_scale_pow"], model.num_tokens)
         assert_close(torch.tensor(weights), expected["cfg_scale"], atol=2e-5)
         probs: list[Tensor] = []
@@ -192,7 +205,7 @@ def test_runs(case):
 @GENERATE
 def test_runs_without_cache(case):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     labels = data.input["class_ids"]
     compared = 0
     for run, options in data.config["runs"].items():
@@ -213,7 +226,7 @@ def test_runs_without_cache(case):
 @GENERATE
 def test_teacher_run(case):
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     options = data.config["teacher"]
     teacher = data.input["teacher_tokens"].transpose(1, 2)
     keep = data.input["teacher_u"].transpose(1, 2) < options["prob"]
@@ -252,7 +265,7 @@ def most_probable(seen: list[Tensor]) -> Callable[[Tensor, int], Tensor]:
 @pytest.mark.parametrize("cached", [True, False])
 def test_teacher_forced(case, cached):
     data = golden(case)
-    model = golden_rar(data, data.config)
+    model = golden_rar(data)
     sampling = public_sampling(data.config["generate"])
     labels, teacher = data.input["labels"], data.input["tf_tokens"].transpose(1, 2)
     runs = sorted(key.removesuffix(".ids") for key in data.output if key.endswith(".ids"))
@@ -283,7 +296,7 @@ def test_teacher_forced(case, cached):
 @TEACHER_FORCED
 def test_argmax_is_top_k_one(case):
     data = golden(case)
-    model = golden_rar(data, data.config)
+    model = golden_rar(data)
     options = public_sampling(data.config["generate"])
     greedy = SamplingConfig(options.temperature, options.guidance_scale, options.guidance_power, top_k=1)
     tokens = model.generate(data.input["labels"], greedy)
@@ -294,7 +307,7 @@ def test_argmax_is_top_k_one(case):
 def test_training_forward_is_causal_in_any_order(case):
     """A prefix gives the logits it has inside the whole sequence, whatever the order."""
     data = golden(case)
-    model = golden_rar(data, data.config["rar"])
+    model = golden_rar(data)
     tokens, conditions, orders = forward_inputs(data, model)
     permuted = tokens.gather(2, orders[:, None])
     for length in (0, 1, tokens.shape[2] - 1):

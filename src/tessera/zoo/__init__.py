@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from tessera.errors import ConfigError
-from tessera.zoo import ibq, ibq_generator, maskgit, maskgit_generator, titok, var, var_generator, xqgan
+from tessera.zoo import ibq, ibq_generator, maskgit, maskgit_generator, rar, titok, var, var_generator, xqgan
 from tessera.zoo.export import export, from_pretrained
 
 __all__ = ["export", "from_pretrained", "from_public"]
@@ -16,7 +16,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """Our module with the weights of a published one, loaded strictly.
 
     Args:
-        family: "ibq", "maskgit", "maskgit_vqgan", "robustok", "titok", "var" or "xqgan".
+        family: "ibq", "maskgit", "maskgit_vqgan", "rar", "robustok", "titok", "var" or "xqgan".
         config: published hyper-parameters; see the family's module.
         state_dict: published state dict or checkpoint.
 
@@ -28,6 +28,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
         "ibq": ibq.from_public,
         "maskgit": maskgit_generator.from_public,
         "maskgit_vqgan": maskgit.from_public,
+        "rar": rar.from_public,
         "robustok": xqgan.from_public,  # its tokenizers are XQ-GAN's
         "titok": titok.from_public,
         "var": var.from_public,
@@ -36,6 +37,7 @@ def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str,
     # families that also have generators: what tells them by their configs, and what builds them
     generators = {
         "ibq": (lambda: "n_layer" in config, ibq_generator.from_public),
+        "robustok": (lambda: rar.is_generator(config), rar.from_public),
         "titok": (lambda: maskgit_generator.is_generator(config), maskgit_generator.from_public),
         "var": (lambda: "depth" in config, var_generator.from_public),
     }
