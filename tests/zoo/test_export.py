@@ -17,6 +17,7 @@ PUBLISHED = [
     ("titok", ["titok_two_stage"]),
     ("titok", ["titok_single_stage_vq"]),
     ("titok", ["titok_vae"]),
+    ("var", ["var_p1_vqvae"]),
     ("xqgan", ["xqgan_vp2"]),
     ("xqgan", ["xqgan_cnn_msvr"]),
 ]
