@@ -1,12 +1,14 @@
 """VAR: its parts, its loss, its sampler against the plain loop; what the tests common to all generators don't cover."""
 
 import copy
+import functools
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from generators.var_reference import STRUCTURES, plain_generate, small_batch, small_quantizer, small_var
 from tessera.errors import ConfigError
@@ -19,7 +21,9 @@ from tessera.rng import IndexedRng
 
 LABELS = torch.tensor([0, 1, 2, 3, 1])
 RAMP = SamplingConfig(guidance_scale=2.5, guidance_schedule="ramp", top_k=7, top_p=0.9)
-COMBINATIONS = pytest.mark.parametrize(("structure", "branches"), [(s, p) for s in STRUCTURES for p in (1, 2)])
+COMBINATIONS = pytest.mark.parametrize(
+    ("structure", "branches"), [(s, p) for s in STRUCTURES if s != "many_scales" for p in (1, 2)]
+)
 
 
 def rng(count: int = len(LABELS), **options) -> IndexedRng:
@@ -285,6 +289,32 @@ def test_the_cache_has_the_type_of_the_products(how):
         model = model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.no_grad():
         assert VARDecoder(model, LABELS).cache.keys.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def compiling(monkeypatch, request):
+    """Steps compiled by the given backend, and the number of times each was compiled."""
+    counts = CompileCounterWithBackend(request.param)
+    compile_step = functools.cache(lambda function, mode: torch.compile(function, backend=counts, fullgraph=True))
+    monkeypatch.setattr("tessera.generators.compilation._compile", compile_step)
+    torch._dynamo.reset()
+    yield counts
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiling", ["eager", pytest.param("inductor", marks=pytest.mark.slow)], indirect=True)
+def test_compiled_scales(compiling):
+    """The same tokens, from code that isn't compiled again for other labels and draws, nor for every scale."""
+    model = small_var("many_scales", branches=2)
+    expected = [model.generate(labels, RAMP, rng=rng(step=1)) for labels in (LABELS, LABELS.flip(0))]
+    model.compile_sampling()
+    state = set(model.state_dict())
+    assert torch.equal(model.generate(LABELS, RAMP, rng=rng(step=1)), expected[0])
+    compilations = compiling.frame_count
+    assert 1 <= compilations <= 5  # places 0 and 1, and scales of one token, are cases of their own
+    assert torch.equal(model.generate(LABELS.flip(0), RAMP, rng=rng(step=1)), expected[1])
+    assert compiling.frame_count == compilations
+    assert set(model.state_dict()) == state
 
 
 # ---- bad input

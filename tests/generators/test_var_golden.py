@@ -10,6 +10,7 @@ from generators.var_reference import branch_key, recorded, recorded_tokens
 from golden_cases import Golden, assert_close, assert_outputs, golden
 from optim.test_schedules import HELD
 from tessera.generators import VAR, SamplingConfig
+from tessera.generators.var_decoder import VARDecoder
 from tessera.optim import HeldSchedule, decay_groups, decayed_names
 from tessera.zoo import from_public
 from tessera.zoo.var_generator import decoder
@@ -92,12 +93,12 @@ def recorded_noise(file: Golden, model: VAR, name: str) -> Callable[[Tensor, int
     return lambda probs, scale: scale_of(recorded(file.input, name, model, scale), len(probs))
 
 
-def sample_outputs(model: VAR, file: Golden) -> dict[str, Tensor]:
+def sample_outputs(model: VAR, file: Golden, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Every recorded output of every run, ours. A run without noise is greedy."""
     labels, branches, ours = file.input["label"], model.num_branches, {}
     seen: list[Tensor] = []
-    plain_logits = model.logits
-    model.logits = lambda features: seen.append(plain_logits(features)) or seen[-1]
+    logits = VARDecoder.logits
+    monkeypatch.setattr(VARDecoder, "logits", lambda *arguments: seen.append(logits(*arguments)) or seen[-1])
     for run in sorted({name.split("/")[0] for name in file.output}):
         noise = recorded_noise(file, model, f"{run}/exp_noise")
         filters = {"top_k": file.config["top_k"], "top_p": file.config["top_p"] or None} if noise else {"top_k": 1}
@@ -125,10 +126,10 @@ def sample_outputs(model: VAR, file: Golden) -> dict[str, Tensor]:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("case", SAMPLE)
-def test_sampling(case):
+def test_sampling(case, monkeypatch):
     file = golden(case)
     model = from_public("var", file.config, file.weights)
-    assert_outputs(sample_outputs(model, file), file, atol=5e-5)
+    assert_outputs(sample_outputs(model, file, monkeypatch), file, atol=5e-5)
 
 
 def train_outputs(model: VAR, file: Golden) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ STRUCTURES = {
         MultiScaleQuantizer, codebook=VQ, grids=GRIDS, shared_codebook=False, phi_convs=0, gain=0.8
     ),
     "binary": partial(MultiScaleQuantizer, codebook=partial(BSQCodebook, bits=4), grids=GRIDS),
+    "many_scales": partial(MultiScaleQuantizer, codebook=VQ, grids=[1, 1, 2, 2, 2, 3, 3, 3, 4, 4]),
     "residual": partial(ResidualQuantizer, codebook=VQ, depth=3, grid=(2, 2)),
 }
 

@@ -60,6 +60,8 @@ class VAR(Generator):
         masking of inputs that ImageFolder's code has (p_drop) is left out; the published model was trained without.
     """
 
+    can_compile_sampling = True
+
     def __init__(
         self,
         codebook_size: int,
@@ -231,10 +233,6 @@ class VAR(Generator):
                 x = block(x, condition, kept)
         return self.head_nm(x, *self.head_nm.modulation(activated))
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, N, C) -> (B, P, N, K)."""
-        return self.head(features).unflatten(-1, (self.num_branches, self.codebook_size)).transpose(1, 2)
-
     def forward(self, tokens: Tensor, condition_ids: Tensor) -> Tensor:
         """Logits of all tokens, each from the scales before its own.
 
@@ -245,7 +243,8 @@ class VAR(Generator):
         Returns:
             (B, P, L, K).
         """
-        return self.logits(self.features(self.latents(tokens), condition_ids))
+        logits = self.head(self.features(self.latents(tokens), condition_ids))
+        return logits.unflatten(-1, (self.num_branches, self.codebook_size)).transpose(1, 2)
 
     @torch.no_grad()
     def latents(self, tokens: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tessera.errors import ConfigError
 from tessera.generators.cache import KVCache
-from tessera.generators.inference import compute_dtype, evaluating, guided
+from tessera.generators.compilation import compiled, keep_address
+from tessera.generators.inference import compute_dtype, evaluating, float32_head, guided
 from tessera.generators.sampling import Draw, Rng, SamplingConfig, make_draw, probabilities
 from tessera.rng import as_sample_rng, exponential
 
@@ -28,7 +29,8 @@ class VARDecoder:
       unconditional half is one);
     - biases of joint projections and scales of queries are put together once.
 
-    No operation waits for the device after construction; a scale has the same shapes in every call.
+    No operation waits for the device after construction. A scale has the same shapes in every call, so that its kernels
+    can be launched as one graph (`VAR.compile_sampling`).
 
     Args:
         model: in eval mode.
@@ -44,6 +46,7 @@ class VARDecoder:
         self.head_modulation = [part[member] for part in model.head_nm.modulation(activated)]
         self.constants = [block.attn.constants() for block in model.blocks]
         weight = model.head.weight
+        self.head = float32_head(model.head)
         self.cache = KVCache(
             len(model.blocks),
             len(condition_ids),
@@ -53,7 +56,16 @@ class VARDecoder:
             compute_dtype(weight),
             weight.device,
         )
+        if model.compiles_sampling:
+            keep_address(self.cache)
         self.position = 0
+
+    def _run(self, x: Tensor, first: int) -> Tensor:
+        """Blocks and last norm on the (R, n, C) inputs of the positions from `first` on."""
+        settings = zip(self.model.blocks, self.modulations, self.constants, strict=True)
+        for layer, (block, modulation, constants) in enumerate(settings):
+            x = block.extend(x, modulation, constants, self.cache, layer, first)
+        return self.model.head_nm(x, *self.head_modulation)
 
     def step(self, latents: Tensor | None) -> Tensor:
         """Feed the next scale; its features before the head.
@@ -71,11 +83,12 @@ class VARDecoder:
         else:
             x = model.embed_latents(latents).repeat(rows // len(latents), 1, 1)
         first, self.position = self.position, self.position + x.shape[1]
-        x = x + self.places[first : self.position]
-        settings = zip(model.blocks, self.modulations, self.constants, strict=True)
-        for layer, (block, modulation, constants) in enumerate(settings):
-            x = block.extend(x, modulation, constants, self.cache, layer, first)
-        return model.head_nm(x, *self.head_modulation)
+        run = compiled(VARDecoder._run, x.device.type) if model.compiles_sampling else VARDecoder._run
+        return run(self, x + self.places[first : self.position], first)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, n, C) features -> (B, P, n, K) float32."""
+        return self.head(features).unflatten(-1, (self.model.num_branches, -1)).transpose(1, 2)
 
 
 def gumbel_draw(rng: Rng, batch_size: int, device: torch.device) -> Draw:
@@ -152,7 +165,7 @@ def generate_scales(
             features = decoder.step(latents)
             if weights is not None:
                 features = guided(features, weights[scale])
-            probs = probabilities(model.logits(features), sampling, temperatures[scale])
+            probs = probabilities(decoder.logits(features), sampling, temperatures[scale])
             drawn = draw(probs, scale)
             sites = slice(first, decoder.position)
             if teacher is not None:
