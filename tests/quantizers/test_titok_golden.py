@@ -52,9 +52,11 @@ def test_published_clustering(case):
     file = golden(case)
     quantizer = build(file, "cluster", l2_normalize=False, revival=ClusteringRevival).train()
     codebook = quantizer.branches[0].codebooks[0]
-    for call, name in enumerate(["z", "z2"]):
+    calls = sum(name.startswith("cluster/indices_") for name in file.output)
+    assert calls > 0
+    for call in range(calls):
         with torch.no_grad():
-            out = quantizer(file.input[name])
+            out = quantizer(file.input[f"z{call + 1}" if call else "z"])
         assert torch.equal(out.tokens, file.output[f"cluster/indices_{call}"])
         assert_close(codebook.revival.usage, file.output[f"cluster/embed_prob_{call}"])
         assert_close(codebook.embedding, file.output[f"cluster/codebook_after_{call}"], atol=2e-5)
