@@ -1,10 +1,12 @@
 """Generation: equal to the plain pass, pinned by a teacher, independent of the batch, nothing done twice."""
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from generators.llama_reference import plain_generate, small_llama
 from tessera.generators import SamplingConfig
@@ -91,7 +93,7 @@ def test_modulation_is_computed_once_per_class(monkeypatch):
             rows.append(len(conditions))
             super().__init__(model, conditions)
 
-    monkeypatch.setattr("tessera.generators.llama_decoder.LlamaDecoder", Watched)
+    monkeypatch.setattr("tessera.generators.llama.LlamaDecoder", Watched)
     for sampling in SETTINGS[:3]:
         model.generate(LABELS, sampling, rng=rng())
     assert rows == [5, 5, 10]  # the unconditional half runs only where it counts
@@ -144,3 +146,21 @@ def test_empty_batch_and_single_token():
     model = small_llama(num_tokens=1, grids=[1])
     assert model.generate(LABELS, GUIDED, rng=rng()).shape == (5, 1, 1)
     assert model.train().loss(torch.zeros(5, 1, 1, dtype=torch.int64), LABELS)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("structure", [{"num_tokens": 40, "grids": [(5, 8)]}, STRUCTURES[2]])
+def test_compiled_step(structure, monkeypatch):
+    """The same tokens, from code that isn't compiled again for other positions, labels or draws."""
+    counts = CompileCounterWithBackend("eager")
+    compile_step = functools.cache(lambda function, mode: torch.compile(function, backend=counts, fullgraph=True))
+    monkeypatch.setattr("tessera.generators.compilation._compile", compile_step)
+    torch._dynamo.reset()
+    model = small_llama(**structure)
+    model.compile_sampling()
+    model.generate(LABELS, GUIDED, rng=rng())
+    compilations = counts.frame_count
+    assert 1 <= compilations <= 3  # once for the first bucket, then for any number of them
+    found = model.generate(LABELS.flip(0), GUIDED, rng=rng(seed=1))
+    assert counts.frame_count == compilations
+    assert torch.equal(found, small_llama(**structure).generate(LABELS.flip(0), GUIDED, rng=rng(seed=1)))
+    torch._dynamo.reset()

@@ -44,7 +44,7 @@ def cached_logits(model: Llama, labels: Tensor, tokens: Tensor) -> Tensor:
     """Logits (2B, L, K) of both halves, from the decoder with its cache."""
     decoder = LlamaDecoder(model, torch.cat([labels, torch.full_like(labels, model.none_id)]))
     features = [decoder.start(), *(decoder.step(tokens[:, :, step], step) for step in range(model.num_tokens - 1))]
-    return model.logits(torch.stack(features, 1))[:, :, 0]
+    return decoder.logits(torch.stack(features, 1))[:, :, 0]
 
 
 def loss_and_gradients(model: Llama, file: Golden) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Llama: autoregressive transformer in raster order with rotary positions, conditioned on the class in every block."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
+from tessera.generators.autoregression import sample_sequence
 from tessera.generators.base import Generator
 from tessera.generators.layers import Linear
-from tessera.generators.llama_decoder import generate_raster
+from tessera.generators.llama_decoder import LlamaDecoder
 from tessera.generators.llama_layers import AdaptiveRMSNorm, ClassEmbedding, LlamaBlock
 from tessera.generators.rotary import rotary_table
 from tessera.generators.sampling import Rng, SamplingConfig
@@ -56,6 +58,8 @@ class Llama(Generator):
     Source: Shi et al. 2024 (arXiv:2412.02692); modules/transformer/llama.py of TencentARC/SEED-Voken, which the
         parameter names follow. Branches and scales are an addition.
     """
+
+    can_compile_sampling = True
 
     def __init__(
         self,
@@ -246,8 +250,8 @@ class Llama(Generator):
         keep: Tensor | None = None,
         rng: Rng = None,
     ) -> Tensor:
-        """See `Generator.generate`. Raster order; each step feeds one position (`llama_decoder`)."""
+        """See `Generator.generate`; each step feeds one position, in raster order (`llama_decoder`)."""
         self.check_labels(labels)
         self.check_sampling(sampling)
         self.check_teacher(teacher, keep, len(labels))
-        return generate_raster(self, labels, sampling, teacher, keep, rng)
+        return sample_sequence(self, partial(LlamaDecoder, self), labels, sampling, teacher, keep, rng)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.generators.cache import KVCache
-from tessera.generators.inference import compute_dtype, evaluating, guided
-from tessera.generators.sampling import Rng, SamplingConfig, make_draw, probabilities
+from tessera.generators.cache import KVCache, Position
+from tessera.generators.compilation import Slots, compiled, keep_address
+from tessera.generators.inference import compute_dtype, float32_head
 
 if TYPE_CHECKING:
     from tessera.generators.llama import Llama
@@ -45,26 +44,37 @@ class LlamaDecoder:
             layer.modulation(activated)[member, None] for layer in (*model.blocks, model.head_nm)
         )
         weight = model.head.weight
+        length = model.num_tokens  # the class and all but the last token, which is never fed back
+        self.slots = Slots(length, weight.device) if model.compiles_sampling else None
         self.cache = KVCache(
             len(model.blocks),
             len(conditions),
             model.num_heads,
-            model.num_tokens,  # the class and all but the last token, which is never fed back
+            length if self.slots is None else self.slots.length,
             model.hidden_size // model.num_heads,
             compute_dtype(weight),
             weight.device,
         )
+        if self.slots is not None:
+            keep_address(self.cache)
+        self.head = float32_head(model.head)
 
-    def _feed(self, x: Tensor, position: int) -> Tensor:
+    def _run(self, x: Tensor, rotation: Tensor, position: Position) -> Tensor:
         """Run the blocks on the (R, 1, d) input of a position; (R, d) features before the head."""
-        rotation = self.rotation[:, position : position + 1]
         for layer, (block, modulation) in enumerate(zip(self.model.blocks, self.modulations, strict=True)):
             x = block.extend(x, modulation, rotation, self.cache, layer, position)
         return self.model.head_nm.modulate(x, self.last)[:, 0]
 
+    def _advance(self, tokens: Tensor, level: Tensor | None, rotation: Tensor, position: Position) -> Tensor:
+        """A step: no shape but the slot's and no number in here depends on the position."""
+        x = self.model.embed_tokens(tokens[:, :, None])
+        if level is not None:
+            x = x + level
+        return self._run(x.repeat(len(self.condition) // len(tokens), 1, 1), rotation, position)
+
     def start(self) -> Tensor:
         """Feed the class; (R, d) features that predict the first token."""
-        return self._feed(self.condition, 0)
+        return self._run(self.condition, self.rotation[:, :1], 0)
 
     def step(self, tokens: Tensor, index: int) -> Tensor:
         """Feed a token; (R, d) features that predict the next.
@@ -74,45 +84,13 @@ class LlamaDecoder:
                 token of sample r mod B.
             index: 0 .. L - 2.
         """
-        x = self.model.embed_tokens(tokens[:, :, None])
-        if self.levels is not None:
-            x = x + self.levels[index]
-        return self._feed(x.repeat(len(self.condition) // len(tokens), 1, 1), index + 1)
+        position = index + 1
+        level = None if self.levels is None else self.levels[index]
+        inputs = (tokens, level, self.rotation[:, position : position + 1])
+        if self.slots is None:
+            return self._advance(*inputs, position)
+        return compiled(LlamaDecoder._advance, tokens.device.type)(self, *inputs, self.slots[position])
 
-
-def generate_raster(
-    model: Llama,
-    labels: Tensor,
-    sampling: SamplingConfig,
-    teacher: Tensor | None = None,
-    keep: Tensor | None = None,
-    rng: Rng = None,
-) -> Tensor:
-    """Sample raster-order tokens; arguments as in `Generator.generate`, already checked.
-
-    Both halves of guidance run as one batch and are combined before the head, which is linear, so that the head runs
-    once per sample. Without guidance, or where every weight is 1, the unconditional half doesn't run.
-    """
-    device = model.head.weight.device
-    labels, batch = labels.to(device), len(labels)
-    tokens = torch.empty(batch, model.num_branches, model.num_tokens, dtype=torch.int64, device=device)
-    if batch == 0:
-        return tokens
-    if teacher is not None:
-        teacher, keep = teacher.to(device), keep.to(device)
-    weights, temperatures = sampling.guidance_weights(model.num_tokens), sampling.temperatures(model.num_tokens)
-    draw = make_draw(rng, batch, device)
-    with evaluating(model):
-        conditions = model.condition_ids(labels)
-        if weights is not None:
-            conditions = torch.cat([conditions, torch.full_like(conditions, model.none_id)])
-        decoder = LlamaDecoder(model, conditions)
-        for index in range(model.num_tokens):
-            features = decoder.start() if index == 0 else decoder.step(tokens[:, :, index - 1], index - 1)
-            if weights is not None:
-                features = guided(features, weights[index])
-            drawn = draw(probabilities(model.logits(features), sampling, temperatures[index]), index)
-            if teacher is not None:
-                drawn = torch.where(keep[:, :, index], teacher[:, :, index], drawn)
-            tokens[:, :, index] = drawn
-    return tokens
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, d) features -> (B, P, K) float32."""
+        return self.head(features).unflatten(-1, (self.model.num_branches, self.model.codebook_size))

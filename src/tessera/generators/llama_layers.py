@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.generators.cache import KVCache
+from tessera.generators.cache import KVCache, Position
 from tessera.generators.layers import Linear, adaptive_projection
 from tessera.generators.rotary import rotate
 
@@ -44,7 +44,7 @@ class RotaryAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, layer: int = 0, position: int = 0
+        self, x: Tensor, rotation: Tensor, cache: KVCache | None = None, layer: int = 0, position: Position = 0
     ) -> Tensor:
         """Attend to this and earlier positions.
 
@@ -63,9 +63,10 @@ class RotaryAttention(nn.Module):
         q, k = (part.transpose(1, 2) for part in turned.unbind(2))
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
-            k, v = cache.write(layer, position, k, v)
-        dropout = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=cache is None)
+            out = cache.attend(layer, position, q, k, v)
+        else:
+            dropout = self.attention_dropout if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.dropout(self.wo(out.transpose(1, 2).reshape(batch, length, dim)))
 
 
@@ -147,7 +148,7 @@ class LlamaBlock(nn.Module):
         return self._run(x, self.modulation(activated), rotation)
 
     def extend(
-        self, x: Tensor, modulation: Tensor, rotation: Tensor, cache: KVCache, layer: int, position: int
+        self, x: Tensor, modulation: Tensor, rotation: Tensor, cache: KVCache, layer: int, position: Position
     ) -> Tensor:
         """The next position of growing sequences.
 
@@ -164,7 +165,7 @@ class LlamaBlock(nn.Module):
         """
         return self._run(x, modulation, rotation, cache=cache, layer=layer, position=position)
 
-    def _run(self, x: Tensor, modulation: Tensor, rotation: Tensor, **past: KVCache | int) -> Tensor:
+    def _run(self, x: Tensor, modulation: Tensor, rotation: Tensor, **past: KVCache | Position) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(-2)
         x = x + gate1 * self.attention(self.attention_norm(x) * scale1 + shift1, rotation, **past)
         return x + gate2 * self.feed_forward(self.ffn_norm(x) * scale2 + shift2)
