@@ -135,7 +135,11 @@ def test_xqgan(case, tmp_path):
     )
     # the published means move before the discriminator's start, too, when ours does not run
     stage.lecam.mean_real, stage.lecam.mean_fake = expected["lecam_ema_step0"].unbind()
-    seen = run(stage, file.input["image"], 3, tmp_path)
+    steps = sum(name.startswith("gen_loss_step") for name in expected)
+    by_step = ("gen_loss", "grad_last_layer", "disc_loss", "disc_grad_norms", "lecam_ema")
+    compared = {"rec_loss", "perceptual_loss", *(f"{name}_step{step}" for name in by_step for step in range(steps))}
+    assert steps > 1 and set(expected) == compared, "every recorded output is compared"
+    seen = run(stage, file.input["image"], steps, tmp_path)
     for step, (values, gradients, means) in enumerate(seen):
         total = weighted(
             values,
