@@ -292,9 +292,9 @@ def test_the_cache_has_the_type_of_the_products(how):
 
 
 @pytest.fixture
-def compiling(monkeypatch, request):
-    """Steps compiled by the given backend, and the number of times each was compiled."""
-    counts = CompileCounterWithBackend(request.param)
+def compiling(monkeypatch):
+    """Traced steps, and how often they were traced."""
+    counts = CompileCounterWithBackend("eager")
     compile_step = functools.cache(lambda function, mode: torch.compile(function, backend=counts, fullgraph=True))
     monkeypatch.setattr("tessera.generators.compilation._compile", compile_step)
     torch._dynamo.reset()
@@ -302,7 +302,6 @@ def compiling(monkeypatch, request):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compiling", ["eager", pytest.param("inductor", marks=pytest.mark.slow)], indirect=True)
 def test_compiled_scales(compiling):
     """The same tokens, from code that isn't compiled again for other labels and draws, nor for every scale."""
     model = small_var("many_scales", branches=2)

@@ -84,19 +84,18 @@ class VAR(Generator):
         init_head: float = 0.02,
         checkpoint_blocks: bool = False,
     ):
-        self.grids = [as_grid(grid, "generator.grids") for grid in grids]
-        if len(self.grids) < 2:
-            raise ConfigError(
-                f"generator.grids={self.grids} must be two scales or more; take another generator for one grid"
-            )
-        self.scale_sizes = [height * width for height, width in self.grids]
-        super().__init__(codebook_size, num_branches, sum(self.scale_sizes), num_classes, class_dropout)
+        grids = [as_grid(grid, "generator.grids") for grid in grids]
+        if len(grids) < 2:
+            raise ConfigError(f"generator.grids={grids} must be two scales or more; take another generator for one")
+        sizes = [height * width for height, width in grids]
+        super().__init__(codebook_size, num_branches, sum(sizes), num_classes, class_dropout)
+        self.grids, self.scale_sizes = grids, sizes
         hidden_size = 64 * depth if hidden_size is None else hidden_size
         num_heads = depth if num_heads is None else num_heads
         mlp_size = 4 * hidden_size if mlp_size is None else mlp_size
         drop_path = 0.1 * depth / 24 if drop_path is None else drop_path
-        sizes = {"latent_channels": latent_channels, "depth": depth, "hidden_size": hidden_size}
-        for name, value in (sizes | {"num_heads": num_heads, "mlp_size": mlp_size}).items():
+        counts = {"latent_channels": latent_channels, "depth": depth, "hidden_size": hidden_size}
+        for name, value in (counts | {"num_heads": num_heads, "mlp_size": mlp_size}).items():
             if value < 1:
                 raise ConfigError(f"generator.{name}={value} must be at least 1")
         if hidden_size % num_heads:
@@ -105,8 +104,10 @@ class VAR(Generator):
             if not 0 <= value < 1:
                 raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
         init_std = math.sqrt(1 / (3 * hidden_size)) if init_std is None else init_std
+        if init_std <= 0:
+            raise ConfigError(f"generator.init_std={init_std} must be positive, or null for sqrt(1 / (3 hidden_size))")
         factors = {"init_gate": init_gate, "init_modulation": init_modulation, "init_head": init_head}
-        for name, value in ({"init_std": init_std} | factors).items():
+        for name, value in factors.items():
             if value < 0:
                 raise ConfigError(f"generator.{name}={value} must not be negative")
         self.latent_channels, self.hidden_size, self.num_heads = latent_channels, hidden_size, num_heads
