@@ -1,7 +1,9 @@
 """Time and peak memory of a function, for the benchmarks beside this file."""
 
+import gc
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,12 +38,12 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    events = record.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    del record, events
+    gc.collect()  # the record is full of cycles, and takes gigabytes where a call makes a million operations
+    changes.sort(key=lambda change: change[0])
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def _synchronize(device: torch.device) -> None:
