@@ -107,7 +107,7 @@ def test_bad_input():
     metric = InceptionScore(6, num_samples=5)
     with pytest.raises(DataError, match="numbers of the samples"):
         metric.update(logits_of(5))
-    with pytest.raises(DataError, match="from 3 to 7.*5 samples"):
+    with pytest.raises(DataError, match=r"from 3 to 7.*5 samples"):
         metric.update(logits_of(5), index=torch.arange(3, 8))
     bad = logits_of(5)
     bad[2, 0] = float("nan")

@@ -99,7 +99,7 @@ def test_subsets_follow_from_seed_and_indices_alone():
 
 def test_bad_input():
     real, fake = sets()
-    with pytest.raises(DataError, match="subset_size=1000.*40 real or 30 generated"):
+    with pytest.raises(DataError, match=r"subset_size=1000.*40 real or 30 generated"):
         subset_distances(real, fake)
     with pytest.raises(DataError, match="at least 2 samples"):
         squared_mmd(real[:1], fake)

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from forked import run_forked
 from golden_cases import assert_close, golden
 from tessera.errors import ConfigError, DataError
-from tessera.metrics.linear_probe import LinearProbe, ProbeTraining, fit_linear_probe, pooled, top_k_percent
+from tessera.metrics.linear_probe import LinearProbe, ProbeTraining, TopKAccuracy, fit_linear_probe, pooled
 
 
 @pytest.mark.golden
@@ -27,18 +28,49 @@ def test_published_classifier(case):
         "bn.running_mean_after": probe.bn.running_mean,
         "bn.running_var_after": probe.bn.running_var,
         "ce_eval": F.cross_entropy(logits, labels),
-        "top1_percent": torch.tensor(top_k_percent(logits, labels, 1), dtype=torch.float64),
-        "top5_percent": torch.tensor(top_k_percent(logits, labels, 5), dtype=torch.float64),
     }
+    ours["top1_percent"], ours["top5_percent"] = accuracy(logits, labels, (1, 5))
     assert set(ours) == set(file.output)
     for name, expected in file.output.items():
         assert_close(ours[name], expected)
 
 
+def accuracy(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...], batch: int = 3) -> torch.Tensor:
+    metric = TopKAccuracy(ks)
+    for rows in torch.arange(len(labels)).split(batch):
+        metric.update(logits[rows], labels[rows])
+    return metric.compute()
+
+
 def test_top_k():
     logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
     labels = torch.tensor([0, 0])
-    assert [top_k_percent(logits, labels, k) for k in (1, 2, 3, 5)] == [50.0, 50.0, 100.0, 100.0]
+    assert accuracy(logits, labels, (1, 2, 3, 5)).tolist() == [50.0, 50.0, 100.0, 100.0]
+    masked = TopKAccuracy((1, 2))
+    masked.update(logits, labels, mask=torch.tensor([False, True]))
+    assert masked.compute().tolist() == [0.0, 0.0]
+    for change, message in (
+        ((logits, labels[:1]), "do not belong together"),
+        ((logits, labels + 3), "from 3 to 3, of 3 classes"),
+        ((logits / 0, labels), "logits of sample 0, 1 are NaN or infinite"),
+    ):
+        with pytest.raises(DataError, match=message):
+            masked.update(*change)
+    with pytest.raises(ConfigError, match="ks="):
+        TopKAccuracy((0,))
+
+
+def _uneven(rank, world, logits, labels):
+    metric = TopKAccuracy((1, 2))
+    own = slice(0, 5) if rank == 0 else slice(5, None)
+    metric.update(logits[own], labels[own])
+    return metric.compute().tolist()
+
+
+def test_two_processes_equal_one():
+    logits = torch.randn(17, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(17) % 4
+    assert run_forked(_uneven, logits, labels) == [accuracy(logits, labels, (1, 2)).tolist()] * 2
 
 
 def test_rates():

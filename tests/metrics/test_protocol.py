@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from tessera.metrics.checks import balance_warnings, duplicate_warnings, sample_warnings, size_warnings
 from tessera.metrics.protocol import Figure, Protocol, expected_bias
 
 STANDARD = {
@@ -45,6 +46,14 @@ STANDARD = {
             {"extra": {"K": 4096, "delta": [50, 70, 90], "seed": 0}, "in_label": ("K", "delta")},
             "pFID@N=50000,K=4096,delta={50,70,90}",
         ),
+        ("sFID", {"reference": "imagenet-train-256"}, "sFID"),
+        ("sFID", {"reference": "imagenet-val", "samples": 10_000}, "sFID@N=10000/ref=imagenet-val"),
+        ("precision", {"reference": "imagenet-train-256", "reference_samples": 10_000}, "precision"),
+        ("recall", {"reference": "imagenet-train-256", "reference_samples": 5000}, "recall@real=5000"),
+        ("IS", {"reference": "", "crop": ""}, "IS"),
+        ("IS", {"flavour": "splits=1", "samples": 100}, "IS[splits=1]@N=100"),
+        ("IS", {"flavour": "splits=1", "extractor": "digits-cnn"}, "IS[digits-cnn,splits=1]"),
+        ("KID", {"reference": "imagenet-val"}, "KID@ref=imagenet-val"),
         ("PSNR", {"extractor": "", "samples": 50_000}, "PSNR"),
         ("PSNR", {"extractor": "", "samples": 10}, "PSNR@N=10"),
         ("SSIM", {"extractor": "uniform7", "samples": 10}, "SSIM[uniform7]@N=10"),
@@ -78,3 +87,38 @@ def test_expected_bias_by_simulation():
     both = expected_bias(eigenvalues.diag(), n, n)
     assert both == pytest.approx(2 * expected_bias(eigenvalues.diag(), n))
     assert expected_bias(torch.zeros(3, 3), 10) == 0
+
+
+def test_console_line_states_bias_and_warnings():
+    few = Figure(
+        "gFID", 12.5, Protocol(**(STANDARD | {"samples": 100})), {"expected_bias": 3.25}, ["too few", "uneven"]
+    )
+    assert few.describe() == (
+        f"{few.label} = 12.5000 (about 3.2 of it is to be expected of 100 samples); warning: too few; warning: uneven"
+    )
+    assert few.to_dict()["warnings"] == ["too few", "uneven"]
+    full = Figure("rFID", 1.5, Protocol(**STANDARD), {"expected_bias": 0.1})
+    assert full.describe() == "rFID = 1.5000"
+
+
+@pytest.mark.parametrize(
+    ("warnings", "expected"),
+    [
+        (sample_warnings(50_000, 2048), None),
+        (sample_warnings(2048, 2048), "do not determine a covariance of 2048"),
+        (sample_warnings(2047, 64), "fewer than 2048 samples"),
+        (duplicate_warnings(10, 10), None),
+        (duplicate_warnings(10, 8), "2 of 10 images are exact repeats"),
+        (balance_warnings(torch.arange(20) % 10, 10), None),
+        (balance_warnings(torch.arange(23) % 10, 10), None),
+        (balance_warnings(torch.tensor([0, 0, 0, 1]), 2), "between 1 and 3 images"),
+        (balance_warnings(torch.tensor([0, 0, 2, 2]), 4), "2 of 4 classes have no image"),
+        (balance_warnings(torch.tensor([5, 5, 9, 9])), None),
+        (size_warnings((8, 8), (8, 8)), None),
+        (size_warnings((8, 8), None), None),
+        (size_warnings((8, 8), (16, 16)), "8 x 8 pixels are compared with ones of 16 x 16"),
+    ],
+)
+def test_warnings(warnings, expected):
+    assert len(warnings) == (expected is not None)
+    assert expected is None or expected in warnings[0]

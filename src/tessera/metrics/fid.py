@@ -12,6 +12,8 @@ from tessera.errors import DataError
 from tessera.metrics.statistics import Statistics
 from tessera.metrics.sums import SumMetric, usable_rows
 
+RIDGES = (0.0, 1e-12)  # of the mean variance
+
 
 def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased covariance from sums: m = s / n, S = (C - n m m^T) / (n - 1).
@@ -37,8 +39,9 @@ def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
 def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) -> Tensor:
     """tr (S1 S2)^{1/2} by a symmetric eigenproblem: S1 = R R^T, then the sum of sqrt(eig(R^T S2 R)).
 
-    R is the Cholesky factor where S1 is positive definite, else the eigenvectors scaled by the roots of the
-    eigenvalues. Eigenvalues are real; negative ones are rounding and count as 0.
+    R is the Cholesky factor of S1; of a singular S1, with 1e-12 of its mean variance added, which changes the result by
+    about 1e-12 of itself; should that fail too, the eigenvectors scaled by the roots of the eigenvalues. Eigenvalues
+    are real; negative ones are rounding and count as 0.
 
     Args:
         sigma1, sigma2: (d, d) float64 covariances.
@@ -50,8 +53,11 @@ def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) 
     """
     d = sigma1.shape[0]
     rank = d if rank is None else min(rank, d)
-    root, failed = torch.linalg.cholesky_ex(sigma1) if rank == d else (sigma1, torch.ones((), dtype=torch.int32))
-    if failed:
+    for ridge in RIDGES:
+        root, failed = torch.linalg.cholesky_ex(sigma1 + ridge * sigma1.diagonal().mean() * torch.eye(d).to(sigma1))
+        if not failed:
+            break
+    else:
         values, vectors = torch.linalg.eigh(sigma1)
         root = vectors * values.clamp_min(0).sqrt()
     inner = root.T @ sigma2 @ root
@@ -82,7 +88,7 @@ def frechet_distance(
     mu1, sigma1, mu2, sigma2 = (x.double() for x in (mu1, sigma1, mu2, sigma2))
     d = mu1.numel()
     rank = min(d, *(n - 1 for n in (n1, n2) if n is not None)) if (n1 or n2) else d
-    # the factorised side should be the one of higher rank, as Cholesky is the cheap way
+    # the factorised side should be the one of higher rank, which the ridge changes least
     if (n1 or d + 1) < (n2 or d + 1):
         sigma1, sigma2 = sigma2, sigma1
     return (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_root_product(sigma1, sigma2, rank)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.errors import ConfigError, DataError
+from tessera.metrics.sums import SumMetric, usable_rows
 
 
 def pooled(latent: Tensor) -> Tensor:
@@ -35,9 +37,56 @@ class LinearProbe(nn.Module):
         return self.linear(self.bn(features if features.ndim == 2 else pooled(features)))
 
 
-def top_k_percent(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Share of rows, in percent, whose label (N,) is among the k largest of logits (N, classes)."""
-    return 100 * (logits.topk(min(k, logits.shape[1]), dim=1).indices == labels[:, None]).any(1).double().mean().item()
+class TopKAccuracy(SumMetric):
+    """Shares of samples, in percent, whose label is among the k largest logits.
+
+    Args:
+        ks: numbers of logits; those above the number of classes count all of them.
+
+    Raises:
+        ConfigError: a k below 1.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, ks: Sequence[int] = (1, 5), **kwargs: Any):
+        super().__init__(**kwargs)
+        if not ks or min(ks) < 1:
+            raise ConfigError(f"ks={list(ks)} of the accuracy must be numbers from 1 up")
+        self.ks = tuple(ks)
+        self.add_sum("hits", len(self.ks), dtype=torch.int64)
+        self.add_sum("n", dtype=torch.int64)
+
+    def update(self, logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (N, C) float.
+            labels: (N,) int64 in [0, C).
+            mask: (N,) bool; rows that are False are left out.
+
+        Raises:
+            DataError: shapes that don't belong together, labels out of range, or logits that are not finite.
+        """
+        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+            raise DataError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together")
+        logits, rows = usable_rows(logits, logits.shape[1], mask, what="logits")
+        labels = labels.to(logits.device)[rows]
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
+            raise DataError(
+                f"labels reach from {int(labels.min())} to {int(labels.max())}, "
+                f"of {logits.shape[1]} classes; they belong to other data"
+            )
+        order = logits.topk(min(max(self.ks), logits.shape[1]), dim=1).indices == labels[:, None]
+        hits = torch.stack([order[:, :k].any(1).sum() for k in self.ks])
+        self.hits = self.hits + hits.to(self.hits.device)
+        self.n = self.n + len(labels)
+
+    def compute(self) -> Tensor:
+        """(len(ks),) float64 in percent."""
+        if self.n == 0:
+            raise DataError("the accuracy has seen no sample; check data and limit_val_batches")
+        return 100 * self.hits.double() / self.n
 
 
 @dataclass
@@ -149,8 +198,11 @@ def fit_linear_probe(
             loss.backward()
             optimizer.step()
         probe.eval()
+        # every process has all features: nothing to add up over them
+        accuracy = TopKAccuracy((1, 5), sync_on_compute=False).to(features.device)
         with torch.no_grad():
-            logits = torch.cat([probe(part) for part in val[0].split(8192)])
-        for k, values in ((1, result.top1), (5, result.top5)):
-            values.append(top_k_percent(logits, val[1], k))
+            for part, labels_of in zip(val[0].split(8192), val[1].split(8192), strict=True):
+                accuracy.update(probe(part), labels_of)
+        for values, value in zip((result.top1, result.top5), accuracy.compute().tolist(), strict=True):
+            values.append(value)
     return result

@@ -22,7 +22,13 @@ STANDARD_REFERENCE = {
     "pFID": INPUTS,
     "gFID": "imagenet-train-256",
     "FID": "imagenet-train-256",
+    "sFID": "imagenet-train-256",
+    "precision": "imagenet-train-256",
+    "recall": "imagenet-train-256",
+    "KID": "",  # has none: its reference is always named
 }
+# precision and recall are taken against the reference's images, not its statistics
+STANDARD_REAL_IMAGES = 10_000
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Protocol:
         extractor: name of the feature extractor, or the flavour of a pairwise measure (`uniform7`); "" if
             none.
         weights_id: hash prefix of its weights.
+        flavour: variant of the measure, e.g. `splits=1`; "" for the standard one.
         resize: how images reach the extractor's size.
         quantisation: rounding to uint8.
         crop: id of the crop that made the inputs; "" when not recorded.
@@ -49,6 +56,7 @@ class Protocol:
 
     extractor: str = ""
     weights_id: str = ""
+    flavour: str = ""
     resize: str = ""
     quantisation: str = STANDARD_ROUNDING
     crop: str = ""
@@ -69,22 +77,25 @@ class Protocol:
         """The name that `metric` may carry: `<metric>[<feature>]@N=<n>/ref=<id>/res=<resize>/crop=<id>`.
 
         Only deviations from the standard protocol of that metric appear; measures without a feature extractor
-        (PSNR, SSIM) have no standard beyond the number of samples.
+        (PSNR, SSIM) have no standard beyond the number of samples, and the Inception Score has no reference.
         """
-        frechet = metric in STANDARD_REFERENCE
+        referenced = metric in STANDARD_REFERENCE
         inception = self.extractor == STANDARD_EXTRACTOR and self.weights_id == STANDARD_WEIGHTS
-        name = metric if not self.extractor or inception else f"{metric}[{self.extractor}]"
+        variant = ",".join(filter(None, ("" if inception else self.extractor, self.flavour)))
+        name = f"{metric}[{variant}]" if variant else metric
         parts = []
         shown = ",".join(f"{key}={_short(self.extra[key])}" for key in self.in_label)
         if self.unique_samples != STANDARD_SAMPLES or self.samples != self.unique_samples or shown:
             repeats = f"of{self.samples}" if self.samples != self.unique_samples else ""
             parts.append(f"N={self.unique_samples}{repeats}" + (f",{shown}" if shown else ""))
-        if frechet and self.reference != STANDARD_REFERENCE[metric]:
+        if referenced and self.reference != STANDARD_REFERENCE[metric]:
             parts.append(f"ref={self.reference}")
+        if metric in ("precision", "recall") and self.reference_samples != STANDARD_REAL_IMAGES:
+            parts.append(f"real={self.reference_samples}")
         if inception and self.resize != STANDARD_RESIZE:
             parts.append(f"res={self.resize}")
         # a name that already says it is another network can't be mistaken for the standard one
-        if inception and self.crop != STANDARD_CROP:
+        if inception and referenced and self.crop != STANDARD_CROP:
             parts.append(f"crop={self.crop or 'unrecorded'}")
         if self.quantisation != STANDARD_ROUNDING:
             parts.append(f"uint8={self.quantisation}")
@@ -100,12 +111,14 @@ class Figure:
         value: the number, unrounded; a Frechet distance may be a rounding error below 0.
         protocol: how it was measured.
         details: further numbers, e.g. pFID's table, or `expected_bias`.
+        warnings: what keeps the figure from being compared, see `tessera.metrics.checks`.
     """
 
     name: str
     value: float
     protocol: Protocol
     details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -116,6 +129,14 @@ class Figure:
         """The label with the metric's name in lower case, for log keys: `rfid[digits-cnn]@N=360`."""
         return self.name.lower() + self.label[len(self.name) :]
 
+    def describe(self) -> str:
+        """One line for the console: the label, the value, the bias to expect of so few samples, and warnings."""
+        text = f"{self.label} = {self.value:.4f}"
+        bias = self.details.get("expected_bias")
+        if bias is not None and self.protocol.unique_samples < STANDARD_SAMPLES:
+            text += f" (about {bias:.2g} of it is to be expected of {self.protocol.unique_samples} samples)"
+        return "; ".join([text, *(f"warning: {warning}" for warning in self.warnings)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for results.json."""
         protocol = asdict(self.protocol)
@@ -125,6 +146,7 @@ class Figure:
             "label": self.label,
             "value": self.value,
             "details": self.details,
+            "warnings": self.warnings,
             "protocol": protocol,
         }
 
@@ -136,7 +158,7 @@ def _short(value: Any) -> str:
 def library_versions() -> dict[str, str]:
     """Versions of what a figure depends on."""
     versions = {"python": platform.python_version()}
-    for package in ("tessera", "torch", "torch-fidelity", "torchmetrics", "numpy"):
+    for package in ("tessera", "torch", "torchmetrics", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

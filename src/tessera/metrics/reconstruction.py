@@ -137,7 +137,7 @@ def _smooth(maps: Tensor, kernel: Tensor) -> Tensor:
     return both.view(*maps.shape[:-2], *both.shape[-2:])
 
 
-class _ImageMean(SumMetric):
+class ImageMean(SumMetric):
     """Mean over images of a per-image value; sums are added up over processes."""
 
     def __init__(self, quantisation: str = "half-up", **kwargs: Any):
@@ -175,7 +175,7 @@ class _ImageMean(SumMetric):
         return self.total / self.n
 
 
-class PSNR(_ImageMean):
+class PSNR(ImageMean):
     """Mean over images of the PSNR on 8-bit levels, in dB.
 
     Args:
@@ -209,7 +209,7 @@ class PSNR(_ImageMean):
         return super().compute()
 
 
-class SSIM(_ImageMean):
+class SSIM(ImageMean):
     """Mean over images of the SSIM on 8-bit levels; report it as `SSIM[<window>]`.
 
     Args:

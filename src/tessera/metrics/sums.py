@@ -124,6 +124,10 @@ class FeatureSets(StoredMetric):
             return torch.empty(0, self.num_features, device=self.device)
         return dim_zero_cat(parts)[dim_zero_cat(index).argsort(stable=True)]
 
+    def compute(self) -> Any:
+        """(N, d) features of the real samples and (M, d) of the generated ones."""
+        return self.rows(True), self.rows(False)
+
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # a process without rows has to take part in the gathering
         for side in ("real", "generated"):
