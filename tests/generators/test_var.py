@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 
@@ -140,12 +141,12 @@ def test_stochastic_depth():
     torch.testing.assert_close(kept, (1 / (1 - rates))[:, None].expand(4, 2))
     assert not torch.equal(factors[0][..., 0], factors[0][..., 1])
 
-    block, x, condition = model.blocks[0], torch.randn(3, model.num_tokens, 16), torch.randn(3, 16)
-    survival = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 1.0]])
-    out = block(x, condition, survival)
-    assert torch.equal(out[0], x[0])
-    torch.testing.assert_close(out[1], block(x, condition)[1])
-    assert not torch.allclose(out[2], block(x, condition)[2])
+    block, x, condition = model.blocks[0], torch.randn(1, model.num_tokens, 16), torch.randn(1, 16)
+    survivals = [(0.0, 0.0), (1.0, 1.0), (2.0, 1.0), (1.0, 0.0), (0.0, 1.0)]
+    outputs = [block(x, condition, torch.tensor([survival])) for survival in survivals]
+    assert torch.equal(outputs[0], x)
+    torch.testing.assert_close(outputs[1], block(x, condition))
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(outputs, 2))
 
 
 def test_the_residual_stream_stays_in_float32_under_autocast():

@@ -132,6 +132,17 @@ def test_layouts_of_checkpoints(case):
 
 
 @CASES
+@pytest.mark.parametrize("named", [True, False])
+def test_codes_are_compared_as_in_the_repository_of_the_file(case, named):
+    """VAR's by distance, ImageFolder's by cosine, whether the config says so or not."""
+    file = golden(case)
+    options = {key: value for key, value in file.config.items() if named or key != "using_znorm"}
+    codebook = from_public("var", options, file.weights).quantizer.branches[0].codebooks[0]
+    assert codebook.search == ("cosine" if "codebook_size" in file.config else "euclidean")
+    assert not codebook.l2_normalize
+
+
+@CASES
 def test_buffers_are_accepted_in_any_shape_and_never_required(case):
     file = golden(case)
     state = {k.removeprefix("var_wo_ddp."): v for k, v in file.weights.items() if k.startswith("var_wo_ddp.")}
