@@ -80,7 +80,7 @@ def report(title: str, seconds: dict[str, list[float]], per: int | None = None) 
 
 def relative(a: Tensor | float, b: Tensor | float) -> float:
     """|a - b| / |b|."""
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     return float((a - b).norm() / b.norm())
 
 

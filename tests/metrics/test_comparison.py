@@ -92,6 +92,8 @@ def test_names_say_what_was_done(files):
         "KID[tiny,subset=50]@N=50/ref=real",
     ]
     fid = figures[0]
+    assert fid.protocol.reference_hash == open_images(files / "real.npz").fingerprint()
+    assert any("measure no image quality" in warning for warning in fid.warnings)
     assert fid.details["expected_bias"] > 0 and fid.protocol.reference_samples == 60
     assert "is to be expected of 50 samples" in fid.describe() and "warning: fewer than 2048 samples" in fid.describe()
     assert any("number of real images, here 60" in warning for warning in figures[3].warnings)

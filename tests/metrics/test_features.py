@@ -1,8 +1,12 @@
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from tessera.errors import CheckpointError, DataError, MissingFileError
+from tessera.metrics import classifier_features
 from tessera.metrics.classifier_features import WEIGHTS, DigitsFeatures, FashionFeatures
 from tessera.metrics.features import FeatureExtractor, full_precision
 from tessera.metrics.inception import InceptionFeatures
@@ -15,12 +19,27 @@ def test_shipped_extractors(make, limit_kb):
     features = extractor(images)
     assert features.shape == (3, extractor.num_features) == (3, 64) and features.dtype == torch.float32
     assert (WEIGHTS / extractor.file).stat().st_size < limit_kb * 1000
-    assert len(extractor.weights_id) == 8 and extractor.weights_id in extractor.identity
+    assert extractor.weights_id == extractor.shipped_hash and extractor.weights_id in extractor.identity
+    with safe_open(WEIGHTS / extractor.file, framework="pt") as file:
+        assert json.loads(file.metadata()["notes"])["val_accuracy"] == extractor.accuracy
+    logits = extractor.extract(images).logits
+    assert logits.shape == (3, extractor.num_classes) == (3, 10)
     # a float image gives what its PNG gives
     as_u8 = (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(features, extractor(as_u8))
     # features of an image don't depend on its batch (up to summation order)
     torch.testing.assert_close(extractor(images[1:2])[0], features[1], atol=1e-5, rtol=1e-5)
+
+
+def test_other_weights_are_named_and_damaged_ones_refused(tmp_path, monkeypatch):
+    from tessera.metrics.feature_cnn import FeatureCNN, write_weights
+
+    write_weights(tmp_path / "digits_cnn.safetensors", FeatureCNN(8, [4, 4, 4], 1, 5, 10), {})
+    own = DigitsFeatures(tmp_path / "digits_cnn.safetensors")
+    assert own.name == f"digits-cnn-{own.weights_id}" and own.weights_id != own.shipped_hash
+    monkeypatch.setattr(classifier_features, "WEIGHTS", tmp_path)
+    with pytest.raises(CheckpointError, match=r"digits_cnn\.safetensors has SHA-256 .*, not fc1ab057 as shipped"):
+        DigitsFeatures()
 
 
 def test_never_trained_never_saved():
@@ -65,6 +84,9 @@ def test_features_tell_digits_apart():
         (torch.zeros(2, 1, 16, 16), r"\(B, 3, H, W\)"),
         (torch.zeros(3, 16, 16), r"\(B, 3, H, W\)"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "int64"),
+        (torch.full((2, 3, 16, 16), 1.01), r"100\.00% of the pixels are outside \[-1, 1\]"),
+        (torch.rand(2, 3, 16, 16) * 255, "rescale images in another range"),
+        (torch.full((2, 3, 16, 16), torch.nan), "not finite"),
     ],
 )
 def test_bad_images(images, message):

@@ -52,10 +52,6 @@ def test_features_of_the_fid_inception(case, tmp_path):
         for key, value in actual.items():
             near(value, file.output[f"images_{number}/{key}"], 2e-4, key)
         assert [list(s) for s in shapes] == [file.output[f"images_{number}/adm/mixed_6d_branch1x1_shape"].tolist()]
-        # another resize is told apart
-        for key in ("torchmetrics_default_antialias", "pytorch_fid_seedvoken"):
-            difference = (out.pooled - file.output[f"images_{number}/{key}/2048"]).norm()
-            assert difference > 1e-3 * out.pooled.norm()
         compared |= {f"images_{number}/{key}" for key in actual}
         compared.add(f"images_{number}/adm/mixed_6d_branch1x1_shape")
     extractor.network.double()

@@ -41,21 +41,25 @@ def test_published_implementations(case):
         for key in ("precision", "recall"):
             assert torch.equal(values[key], take(f"{name}/fp32/{key}")), key
             # distances in float16 move single samples across the boundary
-            assert (values[key] - take(f"{name}/fp16/{key}")).abs().max() <= 3 / min(n_real, n_generated)
+            assert (values[key] - take(f"{name}/fp16/{key}")).abs().max() <= 5 / min(n_real, n_generated)
         for side, expected in radii.items():
             assert_close(expected, take(f"{name}/fp32/radii_{side}"), atol=1e-4, rtol=1e-4)
-            assert_close(expected, take(f"{name}/fp16/radii_{side}"), atol=0.5, rtol=0.01)
+            assert_close(expected, take(f"{name}/fp16/radii_{side}"), atol=1.0, rtol=0.02)
         assert torch.equal(inside[0], take(f"{name}/fp32/in_manifold").bool())
         score, nearest = realism(real=real, generated=generated, real_radii=radii["ref"][:, 0], block=32)
         assert_close(score, take(f"{name}/fp32/realism"), atol=1e-4, rtol=1e-3)
         assert torch.equal(nearest, take(f"{name}/fp32/nearest").long())
 
-        exact = precision_recall(real=real, generated=generated, k=3)
-        assert exact == (float(take(f"{name}/float64/precision_k3")), float(take(f"{name}/float64/recall_k3")))
+        neighbours = {int(key.rsplit("_k", 1)[1]) for key in out if key.startswith(f"{name}/float64/precision_k")}
+        for k in neighbours:
+            exact = precision_recall(real=real, generated=generated, k=k)
+            assert exact == tuple(float(take(f"{name}/float64/{key}_k{k}")) for key in ("precision", "recall"))
+            for side, features in (("ref", real), ("gen", generated)):
+                found = neighbour_radii(features, (k,))[:, 0]
+                assert_close(found, take(f"{name}/float64/radii_{side}_k{k}"), 1e-9, 1e-9)
         library = [float(take(f"{name}/torch_fidelity/{key}")) for key in ("precision", "recall")]
-        assert exact == pytest.approx(library, abs=1e-7)  # float32 there
-        for side, features in (("ref", real), ("gen", generated)):
-            assert_close(neighbour_radii(features)[:, 0], take(f"{name}/float64/radii_{side}_k3"), 1e-9, 1e-9)
+        expected = precision_recall(real=real, generated=generated, k=3)
+        assert expected == pytest.approx(library, abs=1e-7)  # float32 there
         corner = squared_distances(generated[:5], real[:5])
         if not torch.allclose(corner, out[f"{name}/float64/sqdist_5x5"]):
             corner = corner.T
@@ -107,6 +111,15 @@ def test_metric_equals_the_function():
     metric.half()
     metric.set_dtype(torch.float16)
     assert metric.rows(True).dtype == torch.float32
+
+
+def test_installed_library_agrees():
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, generated = sets()
+    theirs = prc_features_to_metric(generated, real, prc_neighborhood=3, verbose=False)
+    expected = precision_recall(real=real, generated=generated)
+    assert [theirs["precision"], theirs["recall"]] == pytest.approx(expected, abs=1e-6)
 
 
 def test_bad_input():

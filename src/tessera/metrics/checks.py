@@ -55,3 +55,10 @@ def size_warnings(size: tuple[int, int], reference: tuple[int, int] | None) -> l
         f"images of {size[0]} x {size[1]} pixels are compared with ones of {reference[0]} x {reference[1]}; the figure "
         "measures that difference too"
     ]
+
+
+def extractor_warnings(name: str, is_image_quality: bool) -> list[str]:
+    """Warnings about features that were not made to judge images."""
+    return (
+        [] if is_image_quality else [f"{name} features compare models with each other; they measure no image quality"]
+    )

@@ -6,7 +6,13 @@ import torch
 
 from tessera import distributed
 from tessera.errors import ConfigError, DataError
-from tessera.metrics.checks import balance_warnings, duplicate_warnings, sample_warnings, size_warnings
+from tessera.metrics.checks import (
+    balance_warnings,
+    duplicate_warnings,
+    extractor_warnings,
+    sample_warnings,
+    size_warnings,
+)
 from tessera.metrics.features import FeatureExtractor
 from tessera.metrics.fid import FrechetDistance, frechet_distance
 from tessera.metrics.image_sets import ImageSet
@@ -116,8 +122,12 @@ def figures_against(
         "samples": measured.samples,
         "unique_samples": measured.unique,
     }
-    against = common | {"crop": reference.crop, "reference": reference.id}
-    warnings = [*warnings, *duplicate_warnings(measured.samples, measured.unique)]
+    against = common | {"crop": reference.crop, "reference": reference.id, "reference_hash": reference.hash}
+    warnings = [
+        *warnings,
+        *duplicate_warnings(measured.samples, measured.unique),
+        *extractor_warnings(extractor.name, extractor.is_image_quality),
+    ]
     features = None if reference.features is None else reference.features.to(device)
     generated = None if measured.features is None else measured.features.to(device)
     found, shares = [], None
@@ -222,6 +232,7 @@ def compare_pairs(
         )
         value, _, _ = distance.summary()
         own = sample_warnings(len(inputs), extractor.num_features)
+        own += extractor_warnings(extractor.name, extractor.is_image_quality)
         found.append(Figure("rFID", value, protocol, warnings=own))
     for name, metric in pairwise.items():
         flavour = {"PSNR": "", "SSIM": getattr(metric, "window", ""), "LPIPS": getattr(metric, "flavour", "")}[name]

@@ -108,8 +108,7 @@ class ArrayImageSet(ImageSet):
         return self.shape[0]
 
     def fingerprint(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return file_hash(self.path)
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         length = self.shape[1] * self.shape[2] * 3
@@ -184,8 +183,7 @@ class FolderImageSet(ImageSet):
         digest = hashlib.sha256()
         for path in self.files:
             digest.update(path.relative_to(self.path).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_hash(path).encode())
         return digest.hexdigest()[:16]
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,6 +224,12 @@ class DatasetImageSet(ImageSet):
         for first in range(start, stop, batch_size):
             numbers = list(range(first, min(first + batch_size, stop)))
             yield torch.tensor(numbers), self._to_uint8(self.dataset[numbers]["image"])
+
+
+def file_hash(path: Path) -> str:
+    """First 16 hex digits of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def open_images(path: str | Path) -> ImageSet:

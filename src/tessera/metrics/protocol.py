@@ -44,6 +44,7 @@ class Protocol:
         quantisation: rounding to uint8.
         crop: id of the crop that made the inputs; "" when not recorded.
         reference: id of the reference set.
+        reference_hash: identity of its content; "" when not recorded.
         reference_samples: N of the reference set.
         samples: N in total.
         unique_samples: N without repeats.
@@ -61,6 +62,7 @@ class Protocol:
     quantisation: str = STANDARD_ROUNDING
     crop: str = ""
     reference: str = INPUTS
+    reference_hash: str = ""
     reference_samples: int | None = None
     samples: int = 0
     unique_samples: int = 0

@@ -3,8 +3,10 @@
 import logging
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from tessera import distributed
 from tessera.errors import DataError
 from tessera.metrics.features import FeatureExtractor
-from tessera.metrics.image_sets import STATISTICS_KEYS, ArrayImageSet, ImageSet, open_images
+from tessera.metrics.image_sets import STATISTICS_KEYS, ArrayImageSet, ImageSet, file_hash, open_images
 from tessera.metrics.set_measure import measure_set
 from tessera.metrics.statistics import ADM_EXTRACTOR, Statistics, content_key
 
@@ -40,6 +42,7 @@ class Reference:
         features: (N, d) float32 of its images for precision, recall and KID; None without images.
         size: (H, W) of its images; None without images.
         crop: id of the crop that made them; "" when not known.
+        hash: identity of the file or set.
     """
 
     id: str
@@ -47,6 +50,7 @@ class Reference:
     features: Tensor | None = None
     size: tuple[int, int] | None = None
     crop: str = ""
+    hash: str = ""
 
 
 def load_reference(
@@ -95,7 +99,7 @@ def load_reference(
         )
         name = reference_id or f"{path.stem}-images"
         return _of_images(images, extractor, name, keep_features, cache, batch_size, device)
-    found = Reference(reference_id or statistics.source, statistics)
+    found = Reference(reference_id or statistics.source, statistics, hash=_on_first_process(lambda: file_hash(path)))
     if path.stem in ADM_FILES and statistics.extractor == ADM_EXTRACTOR:
         side = ADM_FILES[path.stem]
         if images is not None and images.size != (side, side):
@@ -105,7 +109,7 @@ def load_reference(
         found.size = images.size
         if keep_features:
             log.info("FID uses the statistics in %s; precision, recall and KID its %d images", path, len(images))
-            found.features = _cached(images, extractor, True, cache, batch_size, device)[1]
+            found.features = _cached(images, found.hash, extractor, True, cache, batch_size, device)[1]
     return found
 
 
@@ -132,14 +136,21 @@ def _of_images(
     batch_size: int,
     device: torch.device | str,
 ) -> Reference:
-    statistics, features = _cached(images, extractor, keep_features, cache, batch_size, device)
+    content = _on_first_process(images.fingerprint)
+    statistics, features = _cached(images, content, extractor, keep_features, cache, batch_size, device)
     name = reference_id or images.name
     statistics.source = name
-    return Reference(name, statistics, features, images.size, images.crop)
+    return Reference(name, statistics, features, images.size, images.crop, content)
+
+
+def _on_first_process(compute: Callable[[], Any]) -> Any:
+    """What rank 0 computes, on all processes."""
+    return distributed.broadcast_object(compute() if distributed.rank() == 0 else None)
 
 
 def _cached(
     images: ImageSet,
+    content: str,
     extractor: FeatureExtractor,
     keep_features: bool,
     cache: str | Path | None,
@@ -147,15 +158,14 @@ def _cached(
     device: torch.device | str,
 ) -> tuple[Statistics, Tensor | None]:
     """Statistics and features of a set, read from the cache where it has them."""
-    stem = None
+    stem = content_key(content, extractor.identity)
     if cache is not None:
         # rank 0 decides: the folder need not be shared
-        stem = content_key(distributed.broadcast_object(_fingerprint(images)), extractor.identity)
-        found = _read(Path(cache), stem, extractor, keep_features) if distributed.rank() == 0 else None
-        if (found := distributed.broadcast_object(found)) is not None:
+        found = _on_first_process(lambda: _read(Path(cache), stem, extractor, keep_features))
+        if found is not None:
             return found
     measured = measure_set(images, extractor, batch_size, keep_features, score=False, device=device)
-    if stem is not None and distributed.rank() == 0:
+    if cache is not None and distributed.rank() == 0:
         measured.statistics.save(Path(cache) / f"statistics-{stem}.npz")
         if measured.features is not None:
             path = Path(cache) / f"features-{stem}.npy"
@@ -163,10 +173,6 @@ def _cached(
                 np.save(file, measured.features.numpy())
             os.replace(path.with_suffix(".tmp"), path)
     return measured.statistics, measured.features
-
-
-def _fingerprint(images: ImageSet) -> str | None:
-    return images.fingerprint() if distributed.rank() == 0 else None
 
 
 def _read(
