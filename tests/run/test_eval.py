@@ -1,38 +1,18 @@
-"""eval.py on models that no training of ours left."""
-
-from pathlib import Path
+"""eval.py: exported models, and checkpoints and data that don't go together."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from torch import nn
 
+from data.pictures import image_folder
+from run.checkpoints import TOKENIZER, generator_checkpoint, run, tokenizer_checkpoint
 from stage_setup import tokenizer
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run import load
-from tessera.run.eval import evaluate
 from tessera.zoo import export
-
-CONF = Path(__file__).parents[2] / "conf"
-NETWORK = {"channels": 8, "channel_multipliers": [1, 2, 2], "num_res_blocks": 1, "z_channels": 8, "norm_groups": 4}
-CODEBOOK = {"_target_": "tessera.quantizers.VQCodebook", "_partial_": True, "codebook_size": 32}
-BRANCH = {"_target_": "tessera.quantizers.SingleGridQuantizer", "_partial_": True, "codebook": CODEBOOK}
-ARCHITECTURE = {
-    "_target_": "tessera.tokenizers.Tokenizer",
-    "encoder": {"_target_": "tessera.backbones.CNNEncoder", **NETWORK},
-    "quantizer": {"_target_": "tessera.quantizers.ProductQuantizer", "branch": BRANCH, "branches": 1, "dim": 8},
-    "decoder": {"_target_": "tessera.backbones.CNNDecoder", **NETWORK},
-    "resolution": 16,
-}
-
-
-def run(folder, *overrides):
-    with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("eval", overrides=[f"paths.outputs={folder}", *overrides])
-    return evaluate(cfg)
 
 
 def test_an_exported_tokenizer_is_evaluated(tmp_path):
-    folder = export(tokenizer(), tmp_path / "exported", ARCHITECTURE)
+    folder = export(tokenizer(), tmp_path / "exported", TOKENIZER)
     one_batch = ["callbacks=quality", "+trainer.limit_val_batches=1"]
     results = run(tmp_path, f"ckpt={folder}", "data=digits", "metrics=digits", *one_batch)
     assert {figure["name"] for figure in results["figures"]} == {"PSNR", "SSIM"}
@@ -44,3 +24,22 @@ def test_an_exported_model_that_is_no_tokenizer_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(load, "from_pretrained", lambda path: nn.Identity())
     with pytest.raises(CheckpointError, match="Identity, no tokenizer"):
         load.load_tokenizer(str(tmp_path))
+
+
+def test_checkpoints_and_data_that_do_not_fit_are_refused(tmp_path):
+    path, other = generator_checkpoint(tmp_path), tokenizer_checkpoint(tmp_path, seed=5)
+    chosen = [f"ckpt={path}", "metrics=digits"]
+    with pytest.raises(CheckpointError, match=r"trained on the tokens of tokenizer \w+, but .*tokenizer5\.ckpt is \w+"):
+        run(tmp_path, *chosen, f"tokenizer_ckpt={other}")
+    image_folder(tmp_path / "images")
+    with pytest.raises(ConfigError, match=r"the generator has 10 classes, but the data set images has 2; set data="):
+        run(
+            tmp_path, *chosen, "data=image_folder", f"data.dataset.root={tmp_path}/images", "data.dataset.resolution=16"
+        )
+
+
+def test_tasks_without_a_checkpoint_ask_for_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"doesn't name what it was trained on.*set data=\.\.\. and metrics=\.\.\."):
+        run(tmp_path)
+    with pytest.raises(ConfigError, match=r"^ckpt is required"):
+        run(tmp_path, "data=digits", "metrics=digits")

@@ -3,26 +3,23 @@
 import json
 import os
 from functools import partial
-from pathlib import Path
 
 import lightning
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from forked import run_forked
-from stage_setup import generator, tokenizer
+from run.checkpoints import generator_checkpoint, run, tokenizer_checkpoint
+from stage_setup import tokenizer
 from tessera import distributed
 from tessera.backbones import CNNDecoder, CNNEncoder
 from tessera.data import DigitsImages, ImageDataModule
 from tessera.errors import ConfigError
 from tessera.metrics.linear_probe import pooled
 from tessera.quantizers import ProductQuantizer, SingleGridQuantizer, VQCodebook
-from tessera.run.eval import evaluate
 from tessera.run.linear_probe import LinearProbing
 from tessera.tokenizers import Tokenizer
 
-CONF = Path(__file__).parents[2] / "conf"
 QUICK = {"epochs": 6, "batch_size": 32, "lr": 0.02, "warmup_lr": 0.02}
 
 
@@ -58,8 +55,8 @@ def top1(figures):
 
 def test_digits_are_told_apart_and_shuffled_labels_are_not():
     probing, model = LinearProbing(**QUICK), product_tokenizer()
-    figures = probing.run(model, data(), trainer(), seed=0)
-    control = probing.run(model, data(ShuffledDigits), trainer(), seed=0)
+    figures = probing.measure(model, data(), trainer(), seed=0)
+    control = probing.measure(model, data(ShuffledDigits), trainer(), seed=0)
     assert top1(figures) > 35  # chance: 10
     assert top1(control) < 20
     figure = figures[0]
@@ -68,7 +65,7 @@ def test_digits_are_told_apart_and_shuffled_labels_are_not():
     assert len(figure.details["per_epoch"]) == 6 and figure.details["per_epoch"][-1] == figure.value
     assert figure.protocol.extra["lr"] == 0.02 and figure.protocol.reference_samples == 1438
     assert figures[1].name == "linear_probe_top5" and figures[1].value > figure.value
-    assert top1(probing.run(model, data(), trainer(), seed=0)) == figure.value
+    assert top1(probing.measure(model, data(), trainer(), seed=0)) == figure.value
 
 
 @pytest.mark.parametrize("feature", ["pre", "post"])
@@ -82,7 +79,7 @@ def test_features_are_those_of_the_chosen_branches(monkeypatch, feature, branche
 
     monkeypatch.setattr("tessera.run.linear_probe.fit_linear_probe", record)
     with pytest.raises(StopIteration):
-        LinearProbing(feature=feature, branches=branches).run(model, data(), trainer(), seed=0)
+        LinearProbing(feature=feature, branches=branches).measure(model, data(), trainer(), seed=0)
     dataset = DigitsImages("val", 16)
     batch = dataset[list(range(359))]
     with torch.no_grad():
@@ -119,13 +116,13 @@ def test_augmented_features_are_drawn_in_every_epoch(monkeypatch):
 
     monkeypatch.setattr("tessera.run.linear_probe.fit_linear_probe", record)
     with pytest.raises(StopIteration):
-        LinearProbing(augment=True).run(product_tokenizer(), data(BrighterDigits), trainer(), seed=0)
+        LinearProbing(augment=True).measure(product_tokenizer(), data(BrighterDigits), trainer(), seed=0)
     for features, _ in seen:
         assert len(features) == 1438
         torch.testing.assert_close(features, features[:1].expand_as(features))  # all images of an epoch are alike
     assert not torch.allclose(seen[0][0], seen[1][0]) and not torch.allclose(seen[1][0], seen[2][0])
     with pytest.raises(ConfigError, match=r"data\.dataset\.augment"):
-        LinearProbing(augment=True).run(product_tokenizer(), data(), trainer(), seed=0)
+        LinearProbing(augment=True).measure(product_tokenizer(), data(), trainer(), seed=0)
 
 
 @pytest.mark.parametrize("branches", [[], [2], [0, 0], [-1]])
@@ -139,44 +136,14 @@ def test_refuses_an_unknown_feature():
         LinearProbing(feature="mid")
 
 
-def checkpoint(folder, name, module):
-    """As training writes it, as far as evaluation reads it."""
-    digits = {"_target_": "tessera.data.DigitsImages", "_partial_": True, "resolution": 16}
-    config = {
-        "data": {"_target_": "tessera.data.ImageDataModule", "_partial_": True, "dataset": digits, "batch_size": 64},
-        "metrics": {"features": {"_target_": "tessera.metrics.DigitsFeatures"}, "num_samples": 10, "reference": None},
-    }
-    size = {"channels": 8, "channel_multipliers": [1, 2, 2], "num_res_blocks": 1, "z_channels": 8, "norm_groups": 4}
-    codebook = {"_target_": "tessera.quantizers.VQCodebook", "_partial_": True, "codebook_size": 32}
-    branch = {"_target_": "tessera.quantizers.SingleGridQuantizer", "_partial_": True, "codebook": codebook}
-    architecture = {
-        "_target_": "tessera.tokenizers.Tokenizer",
-        "encoder": {"_target_": "tessera.backbones.CNNEncoder", **size},
-        "quantizer": {"_target_": "tessera.quantizers.ProductQuantizer", "branch": branch, "branches": 1, "dim": 8},
-        "decoder": {"_target_": "tessera.backbones.CNNDecoder", **size},
-        "resolution": 16,
-    }
-    path = folder / f"{name}.ckpt"
-    torch.save(
-        {
-            "state_dict": {f"{name}.{key}": value for key, value in module.state_dict().items()},
-            "tessera": {"config": config, "architecture": {name: architecture}, "stage": name},
-        },
-        path,
-    )
-    return path
-
-
-def run(folder, *overrides):
-    with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("eval", overrides=[f"paths.outputs={folder}", "name=probe", "task=linear_probe", *overrides])
-    return evaluate(cfg)
+def probe(folder, *overrides):
+    return run(folder, "name=probe", "task=linear_probe", *overrides)
 
 
 def test_command_writes_results(tmp_path):
-    path = checkpoint(tmp_path, "tokenizer", tokenizer())
+    path = tokenizer_checkpoint(tmp_path)
     quick = [f"task.{key}={value}" for key, value in QUICK.items()]
-    results = run(tmp_path, f"ckpt={path}", *quick, "task.feature=post")
+    results = probe(tmp_path, f"ckpt={path}", *quick, "task.feature=post")
     content = json.loads((tmp_path / "probe" / "results.json").read_text())
     assert content["figures"] == results["figures"]
     assert [figure["name"] for figure in content["figures"]] == ["linear_probe_top1", "linear_probe_top5"]
@@ -187,9 +154,9 @@ def test_command_writes_results(tmp_path):
 
 
 def test_command_refuses_a_generator(tmp_path):
-    path = checkpoint(tmp_path, "generator", generator())
+    path = generator_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="needs a tokenizer's checkpoint"):
-        run(tmp_path, f"ckpt={path}", "tokenizer_ckpt=x")
+        probe(tmp_path, f"ckpt={path}")
 
 
 def _probe(rank, world):
@@ -199,7 +166,7 @@ def _probe(rank, world):
 
         os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         settings = {"devices": world, "strategy": DDPStrategy(process_group_backend="gloo")}
-    figures = LinearProbing(epochs=2, batch_size=64).run(product_tokenizer(), data(), trainer(**settings), seed=0)
+    figures = LinearProbing(epochs=2, batch_size=64).measure(product_tokenizer(), data(), trainer(**settings), seed=0)
     return {figure.label: figure.details["per_epoch"] for figure in figures}
 
 

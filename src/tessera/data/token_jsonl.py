@@ -54,6 +54,7 @@ def import_jsonl(
     codebook_size: int,
     num_classes: int,
     views: str = "none",
+    shape: tuple[int, int] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """Convert JSON lines into a token cache.
@@ -65,6 +66,7 @@ def import_jsonl(
         codebook_size, num_classes: ranges of tokens and labels.
         views: "none" unless the lines are known to be image-major and view-minor. The published ten-crop files are
             not: each line then counts as an image of its own.
+        shape: (P, L) that the lines must have; None takes what is there.
         extra: further facts for the manifest.
 
     Returns:
@@ -74,7 +76,7 @@ def import_jsonl(
         MissingFileError: no such file.
         ConfigError: unknown or random views.
         CheckpointError: the folder holds a finished cache.
-        DataError: a malformed line (named by number), tokens or labels out of range, a full disk.
+        DataError: a malformed line (named by number), tokens or labels out of range, another shape, a full disk.
     """
     path, folder = Path(path), Path(folder)
     views = Views.of(views)
@@ -90,6 +92,11 @@ def import_jsonl(
     if lines == 0 or lines % views.count:
         raise DataError(f"{path} has {lines} lines, which is no positive multiple of the {views.count} views per image")
     tokens, _ = next(_blocks(path, 1))
+    if shape is not None and tokens.shape[1:] != tuple(shape):
+        raise DataError(
+            f"{path} has tokens of shape {tokens.shape[1:]} per line, but the tokenizer makes {tuple(shape)} "
+            "(branches, tokens); give the tokenizer they were made with"
+        )
     manifest = Manifest(
         tokenizer=tokenizer_fingerprint,
         data="",

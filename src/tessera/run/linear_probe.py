@@ -16,6 +16,7 @@ from tessera.data.sampler import EvalBatches
 from tessera.errors import ConfigError
 from tessera.metrics.linear_probe import ProbeTraining, fit_linear_probe, pooled
 from tessera.metrics.protocol import Figure, Protocol
+from tessera.run.subject import Subject
 from tessera.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,12 @@ class LinearProbing:
             )
         return branches
 
-    def run(
+    def run(self, subject: Subject) -> dict[str, Any]:
+        """Measure the tokenizer of a checkpoint; see `measure`."""
+        figures = self.measure(subject.tokenizer(), subject.data(), subject.trainer(), subject.cfg.seed)
+        return {"figures": figures}
+
+    def measure(
         self, tokenizer: Tokenizer, datamodule: ImageDataModule, trainer: lightning.Trainer, seed: int
     ) -> list[Figure]:
         """Measure a tokenizer.

@@ -9,6 +9,7 @@ from torch import nn
 
 from tessera.backbones.tuning import LoRA, merge, tune
 from tessera.callbacks.ema import ema_weights
+from tessera.data import ImageDataset
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run.build import make, read_checkpoint
 from tessera.tokenizers import Tokenizer
@@ -114,3 +115,12 @@ def check_token_space(generator: nn.Module, tokenizer: nn.Module, path: str | Pa
             f"{tokenizer.fingerprint()}; give the tokenizer it was trained with (or one post-trained from it)"
         )
     generator.bind(tokenizer.quantizer)
+
+
+def check_classes(generator: nn.Module, images: ImageDataset) -> None:
+    """Refuse a data set of another number of classes than the generator's: its labels would mean others."""
+    if generator.num_classes != images.num_classes:
+        raise ConfigError(
+            f"the generator has {generator.num_classes} classes, but the data set {images.name} has "
+            f"{images.num_classes}; set data=... to the one it was trained on"
+        )

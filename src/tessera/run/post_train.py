@@ -11,7 +11,7 @@ from tessera.distributed import rank
 from tessera.generators.sampling import SamplingConfig
 from tessera.run.build import LAST, build_trainer, make, plain, prepare
 from tessera.run.fit import fit
-from tessera.run.load import WEIGHTS, check_token_space, load_discriminator, load_tokenizer
+from tessera.run.load import WEIGHTS, check_classes, check_token_space, load_discriminator, load_tokenizer
 from tessera.run.results import figures_of, read_results, write_results
 from tessera.run.strict import check_config
 from tessera.run.tokens import tokens_of_pairs
@@ -41,7 +41,9 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     check_token_space(generator, tokenizer, cfg.tokenizer.path)
     sampling = make(cfg.sampling)
     images = make(cfg.data.dataset)(split="train")
-    source = tokens_of_pairs(Path(cfg.paths.tokens), images, tokenizer, generator, sampling, **plain(cfg.pairs))
+    check_classes(generator, images)
+    pairs = {**plain(cfg.pairs), "num_workers": cfg.data.num_workers}
+    source = tokens_of_pairs(Path(cfg.paths.tokens), images, tokenizer, generator, sampling, **pairs)
     stage = make(cfg.stage)(tokenizer=tokenizer)  # refuses what it can't train before anything is measured
     measure = Measurement(cfg, run / "samples.safetensors", generator, sampling)
     before = measure(tokenizer, "before")

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from tessera.data import build_token_cache
+from tessera.data import ImageDataset, build_token_cache
+from tessera.data.views import Views
 from tessera.errors import ConfigError
 from tessera.generators.base import Generator
 from tessera.generators.sampling import SamplingConfig
@@ -35,9 +36,10 @@ class TokenSource:
         tokenizer: defines the token space.
         encode: batch of images, labels and indices on the device -> (B, P, L) int64.
         models: the modules `encode` runs; moved to the device for building.
-        views: images per sample: "none", "flip" or "ten_crop".
+        views: crops of each image.
         extra: whatever else determines the tokens; recorded in the manifest and compared when opened.
         batch_size: of `encode`.
+        num_workers: processes that read images.
         indices: numbers of the images to make tokens of; None: all.
     """
 
@@ -46,9 +48,10 @@ class TokenSource:
     tokenizer: Tokenizer
     encode: Encode
     models: list[nn.Module]
-    views: str
+    views: Views
     extra: dict[str, Any]
     batch_size: int
+    num_workers: int = 0
     indices: list[int] | None = None
 
 
@@ -56,14 +59,18 @@ def _key(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def tokens_of_images(root: Path, dataset: Any, tokenizer: Tokenizer, views: str, batch_size: int) -> TokenSource:
+def tokens_of_images(
+    root: Path, dataset: ImageDataset, tokenizer: Tokenizer, views: Views | str, batch_size: int, num_workers: int = 0
+) -> TokenSource:
     """Each image's own tokens (pretokenisation for generator training)."""
-    name = f"images-{_key(tokenizer.fingerprint(), dataset.fingerprint(), views)}"
+    views = Views.of(views)
+    drawn = dataset.random_view_id if views.kind == "random" else None
+    name = f"images-{_key(tokenizer.fingerprint(), dataset.fingerprint(), vars(views), drawn)}"
 
     def encode(batch: dict[str, Tensor]) -> Tensor:
         return tokenizer.tokenize(batch["image"])
 
-    return TokenSource(root / name, dataset, tokenizer, encode, [tokenizer], views, {}, batch_size)
+    return TokenSource(root / name, dataset, tokenizer, encode, [tokenizer], views, {}, batch_size, num_workers)
 
 
 def tokens_of_pairs(
@@ -76,6 +83,7 @@ def tokens_of_pairs(
     seed: int,
     batch_size: int,
     num_images: int | None = None,
+    num_workers: int = 0,
 ) -> TokenSource:
     """Each image's tokens, of which all but a share sigma are replaced by the generator's own (decoder post-training).
 
@@ -108,7 +116,8 @@ def tokens_of_pairs(
         return generator.generate(batch["label"], sampling, teacher=teacher, keep=keep, rng=rng)
 
     models: list[nn.Module] = [tokenizer, generator]
-    return TokenSource(root / name, dataset, tokenizer, encode, models, "none", extra, batch_size, indices)
+    folder = root / name
+    return TokenSource(folder, dataset, tokenizer, encode, models, Views(), extra, batch_size, num_workers, indices)
 
 
 def weights_fingerprint(module: nn.Module) -> str:
@@ -140,7 +149,9 @@ def build_tokens(source: TokenSource, device: torch.device | str = "cpu") -> Pat
 
     @torch.inference_mode()
     def encode(batch: dict[str, Tensor]) -> Tensor:
-        return source.encode({key: value.to(device) for key, value in batch.items()})
+        # float32 whatever the trainer's precision, so that a cache doesn't depend on what it is made for
+        with torch.autocast(torch.device(device).type, enabled=False):
+            return source.encode({key: value.to(device) for key, value in batch.items()})
 
     return build_token_cache(
         source.folder,
@@ -153,4 +164,5 @@ def build_tokens(source: TokenSource, device: torch.device | str = "cpu") -> Pat
         indices=source.indices,
         extra=source.extra,
         batch_size=source.batch_size,
+        num_workers=source.num_workers,
     )
