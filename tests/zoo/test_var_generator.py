@@ -10,7 +10,7 @@ from conf_commands import composed
 from generators.var_reference import recorded_tokens
 from golden_cases import golden
 from tessera.errors import CheckpointError, ConfigError
-from tessera.generators import SamplingConfig
+from tessera.generators import VAR, SamplingConfig
 from tessera.run.build import make
 from tessera.zoo import export, from_pretrained, from_public, var_generator
 from tessera.zoo.export import build
@@ -163,6 +163,13 @@ def test_the_weights_tell_what_the_options_leave_out(case):
     if "var_wo_ddp.lvl_1L" in file.weights:  # so do the scales
         del options["patch_nums"]
         assert from_public("var", options, layouts(file.weights)["generator"]).grids == full.grids
+
+
+@pytest.mark.parametrize("ratio", [{}, {"mlp_ratio": 2.5}])
+def test_other_widths_of_the_feed_forward_networks(ratio):
+    made = VAR(11, [1, 2], 4, 3, depth=2, hidden_size=16, num_heads=2, mlp_size=40)
+    model = from_public("var", {"patch_nums": [1, 2], "depth": 2, **ratio}, made.state_dict())
+    torch.testing.assert_close(model.state_dict(), made.state_dict())
 
 
 @CASES

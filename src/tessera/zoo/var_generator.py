@@ -115,7 +115,9 @@ def architecture(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> No
         "depth": depth,
         "hidden_size": hidden,
         "num_heads": config.get("num_heads", depth if scale is None else scale.shape[1]),
-        "mlp_size": round(hidden * config.get("mlp_ratio", 4.0)),
+        "mlp_size": round(hidden * config["mlp_ratio"])
+        if "mlp_ratio" in config
+        else _shape(weights, "blocks.0.ffn.fc1.weight", 0),
         "shared_modulation": config.get("shared_aln", "shared_ada_lin.1.weight" in weights),
         "normalized_attention": config.get("attn_l2_norm", scale is not None),
         "class_dropout": config.get("cond_drop_rate", 0.1),
@@ -181,7 +183,7 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> VAR
 
     Args:
         config: published names; read are patch_nums (or v_patch_nums), product_quant (1), vocab_size or codebook_size,
-            Cvae or z_channels or codebook_embed_dim, depth, embed_dim, num_heads, mlp_ratio (4), num_classes,
+            Cvae or z_channels or codebook_embed_dim, depth, embed_dim, num_heads, mlp_ratio, num_classes,
             shared_aln, attn_l2_norm, cond_drop_rate (0.1), drop_path_rate; what is missing follows from the weights.
             For the quantizer: share_quant_resi (4), quant_resi (0.5), using_znorm.
         state_dict: see `split_checkpoint`. Buffers are left out; so is the row that replaces inputs in trainings with
