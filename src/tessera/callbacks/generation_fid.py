@@ -1,7 +1,7 @@
 """gFID: generated images against the statistics of the training images."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lightning
@@ -26,6 +26,19 @@ def balanced_labels(index: Tensor, num_classes: int) -> Tensor:
     return index % num_classes
 
 
+def check_classes(callback: str, classes: Sequence[int] | None, num_classes: int) -> None:
+    """Refuse chosen classes that a generator doesn't have.
+
+    Raises:
+        ConfigError: names the callback.
+    """
+    for label in classes or ():
+        if not 0 <= label < num_classes:
+            raise ConfigError(
+                f"callbacks.{callback}.classes has {label}, outside of the generator's classes [0, {num_classes})"
+            )
+
+
 def shard(count: int, rank: int, world: int) -> range:
     """Contiguous share of `count` samples; together the shares hold every sample once."""
     return range(count * rank // world, count * (rank + 1) // world)
@@ -34,14 +47,15 @@ def shard(count: int, rank: int, world: int) -> range:
 class GenerationFID(FigureCallback):
     """Frechet distance of generated images to the training images.
 
-    Sample number i has class i mod C and random draws of its own, so the set does not depend on batch size or
-    the number of processes. With `tokens` the images of a fixed file are decoded instead: two decoders
-    compared on the same tokens differ by no sampling noise.
+    Sample number i has class i mod C (or of the chosen ones, in turn) and random draws of its own, so the set does not
+    depend on batch size or the number of processes. With `tokens` the images of a fixed file are decoded instead: two
+    decoders compared on the same tokens differ by no sampling noise.
 
     Args:
         extractor: of the features.
         num_samples: images to generate; None with `tokens`: all in the file.
         batch_size: per process.
+        classes: of the samples; None: all. A choice is part of the figure's name.
         seed: which set of samples: numbers seed * num_samples and up.
         tokens: safetensors file with `tokens` (N, P, L) int64 and `labels` (N,).
         save_tokens: where to write the generated tokens as such a file.
@@ -58,6 +72,7 @@ class GenerationFID(FigureCallback):
         extractor: FeatureExtractor,
         num_samples: int | None = None,
         batch_size: int = 64,
+        classes: Sequence[int] | None = None,
         seed: int = 0,
         tokens: str | Path | None = None,
         save_tokens: str | Path | None = None,
@@ -74,6 +89,8 @@ class GenerationFID(FigureCallback):
             raise ConfigError(f"callbacks.gfid.num_samples={num_samples} must be at least 2")
         if batch_size < 1:
             raise ConfigError(f"callbacks.gfid.batch_size={batch_size} must be at least 1")
+        if classes is not None and (tokens is not None or not classes):
+            raise ConfigError("callbacks.gfid.classes must list classes, and has no use with callbacks.gfid.tokens")
         if tokens is not None and not Path(tokens).is_file():
             raise MissingFileError(f"callbacks.gfid.tokens={tokens} does not exist")
         if tokens is not None and save_tokens is not None:
@@ -81,16 +98,17 @@ class GenerationFID(FigureCallback):
         if reference is not None:
             # early, so that a wrong file is found before training
             Statistics.load(reference, extractor.identity)
-        self.extractor, self.num_samples, self.batch_size, self.seed = (
-            extractor,
-            num_samples,
-            batch_size,
-            seed,
-        )
+        self.extractor, self.num_samples, self.batch_size = extractor, num_samples, batch_size
+        self.classes, self.seed = classes, seed
         self.tokens, self.save_tokens, self.cache = tokens, save_tokens, cache
         self.reference, self.reference_id = reference, reference_id
         self.statistics: Statistics | None = None
         warn_if_internal(extractor, "gFID")
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        # before training, not at the first validation
+        if self.classes is not None and (generator := getattr(pl_module, "generator", None)) is not None:
+            check_classes("gfid", self.classes, generator.num_classes)
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.tokens is None and not hasattr(pl_module, "generate_tokens"):
@@ -117,6 +135,7 @@ class GenerationFID(FigureCallback):
             "classes": int((counts > 0).sum()),
             "per_class": sorted({int(count) for count in counts if count > 0}),
             "seed": self.seed,
+            "chosen": self.classes and list(self.classes),
             "tokens": None if self.tokens is None else str(self.tokens),
             "sampling": str(getattr(pl_module, "sampling", None)),
         }
@@ -129,6 +148,7 @@ class GenerationFID(FigureCallback):
             reference_samples=reference.n,
             samples=fake.n,
             extra=extra,
+            in_label=("classes",) if self.classes else (),
         )
         return [Figure("gFID", value, protocol, {"expected_bias": expected_bias(fake.sigma, fake.n, reference.n)})]
 
@@ -156,9 +176,10 @@ class GenerationFID(FigureCallback):
             return
         own, offset = shard(self.num_samples, rank, world), self.seed * self.num_samples
         num_classes = self._num_classes(trainer, pl_module)
+        classes = torch.tensor(list(self.classes or range(num_classes)), device=device)
         for start in range(own.start, own.stop, self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, own.stop), device=device)
-            labels = balanced_labels(index, num_classes)
+            labels = classes[balanced_labels(index, len(classes))]
             yield index, pl_module.generate_tokens(labels, index + offset), labels
 
     def _num_classes(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> int:

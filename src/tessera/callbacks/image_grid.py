@@ -1,6 +1,7 @@
 """Pictures of what the models do: reconstructions of the same images every time, and samples per class."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.callbacks.figure import FigureCallback
+from tessera.callbacks.generation_fid import check_classes
 from tessera.callbacks.perturbed_fid import scaled_deltas, site_draws
 from tessera.errors import ConfigError
 from tessera.metrics.protocol import Figure
@@ -74,6 +76,7 @@ class ImageGrid(FigureCallback):
         num_images: images per reconstruction grid.
         samples_per_class: rows of the sample grid; 0 shows none.
         num_classes: columns of the sample grid, at most the number of classes.
+        classes: of the columns instead; None: the first `num_classes`.
         alpha, delta: of the perturbed row; delta None: the middle one of the pFID grid. alpha 0 leaves the
             row out.
         folder: of the PNG files; None: `images` in the trainer's root folder.
@@ -85,6 +88,7 @@ class ImageGrid(FigureCallback):
         num_images: int = 8,
         samples_per_class: int = 4,
         num_classes: int = 10,
+        classes: Sequence[int] | None = None,
         alpha: float = 0.7,
         delta: int | None = None,
         folder: str | Path | None = None,
@@ -102,11 +106,18 @@ class ImageGrid(FigureCallback):
                 raise ConfigError(f"callbacks.image_grid.{key}={value} must be at least {low}")
         if not 0 <= alpha <= 1:
             raise ConfigError(f"callbacks.image_grid.alpha={alpha} is outside [0, 1]")
-        self.num_images, self.samples_per_class, self.num_classes = num_images, samples_per_class, num_classes
+        if classes is not None and not classes:
+            raise ConfigError("callbacks.image_grid.classes is empty; list classes, or set it to null")
+        self.num_images, self.samples_per_class = num_images, samples_per_class
+        self.num_classes, self.classes = num_classes, classes
         self.alpha, self.delta, self.folder = alpha, delta, folder
         self.rows: list[Tensor] = []
         self.shown = 0
         self.paths: list[Path] = []
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if self.classes is not None and (generator := getattr(pl_module, "generator", None)) is not None:
+            check_classes("image_grid", self.classes, generator.num_classes)
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.rows, self.shown = [], 0
@@ -150,12 +161,12 @@ class ImageGrid(FigureCallback):
             rows = torch.cat(self.rows, dim=1)
             self._show(trainer, "reconstruction", tile(rows.flatten(0, 1), rows.shape[1]))
         if self.samples_per_class and getattr(pl_module, "generator", None) is not None:
-            columns = min(self.num_classes, pl_module.generator.num_classes)
-            labels = torch.arange(columns, device=pl_module.device).repeat(self.samples_per_class)
+            classes = self.classes or range(min(self.num_classes, pl_module.generator.num_classes))
+            labels = torch.tensor(list(classes), device=pl_module.device).repeat(self.samples_per_class)
             # sample numbers of their own range, apart from those that gFID measures
             index = torch.arange(len(labels), device=pl_module.device) + (1 << 40)
             images = pl_module.tokenizer.detokenize(pl_module.generate_tokens(labels, index))
-            self._show(trainer, "samples", tile(images.float().cpu(), columns))
+            self._show(trainer, "samples", tile(images.float().cpu(), len(classes)))
         return []
 
     def _show(self, trainer: lightning.Trainer, name: str, image: Tensor) -> None:
