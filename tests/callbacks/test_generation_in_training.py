@@ -1,4 +1,4 @@
-"""Samples and gFID while a generator is trained: of every generator, of averaged weights, at a cadence, in processes."""
+"""Samples and gFID while a generator is trained: every generator, averaged weights, cadence, processes."""
 
 import pytest
 import torch
