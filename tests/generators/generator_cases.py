@@ -14,6 +14,7 @@ from tessera.generators import (
     MaskGITSampling,
     MaskGITUViT,
     MaskGITViT,
+    RARSampling,
     SamplingConfig,
 )
 from tessera.quantizers import MultiScaleQuantizer, ProductQuantizer, SingleGridQuantizer, VQCodebook
@@ -50,6 +51,7 @@ RAMP = SamplingConfig(1.1, guidance_scale=3.0, guidance_schedule="ramp", top_k=9
 
 CASES: dict[str, GeneratorCase] = {
     "rar": GeneratorCase(RAR, RAR_SIZES),
+    "rar_random": GeneratorCase(RAR, RAR_SIZES, sampling=RARSampling(guidance_scale=3.0, top_k=9, order="random")),
     "rar_scales": GeneratorCase(RAR, RAR_SIZES, multiscale=True),
     "llama": GeneratorCase(Llama, LLAMA_SIZES),
     "llama_scales": GeneratorCase(Llama, LLAMA_SIZES, multiscale=True),

@@ -1,10 +1,12 @@
 """Generator training with every generator: steps, logs, accumulation, averages, compilation, resuming."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from omegaconf import OmegaConf
 from torch import nn
 
 from generators.generator_cases import ALL, CASES
@@ -198,3 +200,9 @@ def test_decay_rule_reaches_the_groups(tmp_path, caches, rule, decayed):
     assert id(stage.generator.head.weight) in groups[0.01] and id(stage.generator.head.bias) in groups[0.0]
     with pytest.raises(ConfigError, match=r"stage\.decay_rule='none'"):
         setup(caches, "var", decay_rule="none")
+
+
+@pytest.mark.parametrize("name", ["rar", "llama", "var", "maskgit"])
+def test_recomputation_can_be_chosen_in_each_configuration(name):
+    config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "generator" / f"{name}.yaml")
+    assert config.checkpoint_blocks is False
