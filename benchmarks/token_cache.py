@@ -1,8 +1,8 @@
 """Claim: a memory-mapped token cache gives its first batch at once and costs a loader process no memory of its own.
 
 "lines" is what the published training code does with a file of JSON lines: each loader process reads the whole file
-into a list of strings and parses a sample when it is asked for. Each side runs in a fresh process that opens the tokens,
-serves a first shuffled batch, and then more of them; what the process holds beyond the page cache, which all
+into a list of strings and parses a sample when it is asked for. Each side runs in a fresh process that opens the
+tokens, serves a first shuffled batch, and then more of them; what the process holds beyond the page cache, which all
 processes share, is its private memory. For two numbers of lines, as the cache's cost must not grow with them.
 
     python benchmarks/token_cache.py [--rows 50000 200000] [--length 256] [--batch 64] [--json results.json]

@@ -1,13 +1,15 @@
 """eval.py: exported models, and checkpoints and data that don't go together."""
 
 import pytest
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from data.pictures import image_folder
-from run.checkpoints import TOKENIZER, generator_checkpoint, run, tokenizer_checkpoint
+from run.checkpoints import CONF, TOKENIZER, generator_checkpoint, run, tokenizer_checkpoint
 from stage_setup import tokenizer
 from tessera.errors import CheckpointError, ConfigError
 from tessera.run import load
+from tessera.run.post_train import post_train
 from tessera.zoo import export
 
 
@@ -36,6 +38,16 @@ def test_checkpoints_and_data_that_do_not_fit_are_refused(tmp_path):
         run(
             tmp_path, *chosen, "data=image_folder", f"data.dataset.root={tmp_path}/images", "data.dataset.resolution=16"
         )
+
+
+def test_post_training_on_data_of_other_classes_is_refused(tmp_path):
+    generator, images = generator_checkpoint(tmp_path), image_folder(tmp_path / "images")
+    with initialize_config_dir(str(CONF), version_base=None):
+        chosen = [f"generator.path={generator}", f"tokenizer.path={tmp_path}/tokenizer0.ckpt", "data=image_folder"]
+        chosen += ["name=refused"]
+        cfg = compose("post_train", overrides=[*chosen, f"paths.outputs={tmp_path}", f"data.dataset.root={images}"])
+    with pytest.raises(ConfigError, match=r"the generator has 10 classes, but the data set images has 2; set data="):
+        post_train(cfg)
 
 
 def test_tasks_without_a_checkpoint_ask_for_it(tmp_path):

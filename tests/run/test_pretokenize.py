@@ -14,6 +14,7 @@ from tessera.data import DigitsImages, TokenCache
 from tessera.data.views import Views
 from tessera.errors import CheckpointError, ConfigError, DataError, MissingFileError
 from tessera.run.build import read_checkpoint
+from tessera.run.pretokenize import Pretokenize
 from tessera.run.tokens import build_tokens, tokens_of_images
 from tessera.run.train import train
 
@@ -149,3 +150,11 @@ def test_two_processes_share_the_work(tmp_path):
     (folder, world), _ = run_forked(_build, tmp_path / "two")
     assert world == 2
     assert TokenCache.open(folder).manifest == TokenCache.open(alone).manifest
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"), [(["random"], r"task\.num_views=None"), (["five"], r"task\.views='five'")]
+)
+def test_impossible_views_are_named(chosen, message):
+    with pytest.raises(ConfigError, match=message):
+        Pretokenize("train", *chosen)

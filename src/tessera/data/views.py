@@ -25,13 +25,14 @@ class Views:
     seed: int = 0
 
     @classmethod
-    def of(cls, views: Self | str, num_views: int | None = None, seed: int = 0) -> Self:
+    def of(cls, views: Self | str, num_views: int | None = None, seed: int = 0, key: str = "tokens") -> Self:
         """The set of that kind.
 
         Args:
             views: a set as it is, or a kind.
             num_views: V, of random views only.
             seed: of random views; others have none.
+            key: config node that chose them, for messages.
 
         Raises:
             ConfigError: an unknown kind; random views without a number, or the others with another than theirs.
@@ -39,17 +40,17 @@ class Views:
         if isinstance(views, cls):
             return views
         if views not in COUNTS:
-            raise ConfigError(f"tokens.views={views!r} is unknown; choose one of {', '.join(COUNTS)}")
+            raise ConfigError(f"{key}.views={views!r} is unknown; choose one of {', '.join(COUNTS)}")
         if views == "random":
             if num_views is None or num_views < 1:
                 raise ConfigError(
-                    f"tokens.num_views={num_views} must be at least 1 with tokens.views=random; set it to the number "
-                    "of crops per image"
+                    f"{key}.num_views={num_views} must be at least 1 with {key}.views=random; set it to the number of "
+                    "crops per image"
                 )
             return cls(views, num_views, seed)
         if num_views not in (None, COUNTS[views]):
             raise ConfigError(
-                f"tokens.views={views} has {COUNTS[views]} views per image, not tokens.num_views={num_views}; leave "
+                f"{key}.views={views} has {COUNTS[views]} views per image, not {key}.num_views={num_views}; leave "
                 "num_views out, or choose views=random"
             )
         return cls(views, COUNTS[views])

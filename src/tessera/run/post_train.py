@@ -42,7 +42,7 @@ def post_train(cfg: DictConfig) -> dict[str, Any]:
     sampling = make(cfg.sampling)
     images = make(cfg.data.dataset)(split="train")
     check_classes(generator, images)
-    pairs = {**plain(cfg.pairs), "num_workers": cfg.data.num_workers}
+    pairs = {**plain(cfg.pairs), "num_workers": cfg.data.get("num_workers", 0)}
     source = tokens_of_pairs(Path(cfg.paths.tokens), images, tokenizer, generator, sampling, **pairs)
     stage = make(cfg.stage)(tokenizer=tokenizer)  # refuses what it can't train before anything is measured
     measure = Measurement(cfg, run / "samples.safetensors", generator, sampling)

@@ -37,7 +37,7 @@ class Pretokenize:
         seed: int = 0,
         batch_size: int = 64,
     ):
-        self.split, self.views, self.batch_size = split, Views.of(views, num_views, seed), batch_size
+        self.split, self.views, self.batch_size = split, Views.of(views, num_views, seed, "task"), batch_size
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """Build the cache, or find it finished.

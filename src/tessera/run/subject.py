@@ -1,6 +1,7 @@
 """What a task of eval.py works on: the checkpoint's models, the data and a trainer, each made when it is asked for."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +47,7 @@ class Subject:
             raise ConfigError("ckpt is required; set ckpt=...")
         return str(self.cfg.ckpt)
 
-    @property
+    @cached_property
     def holds_generator(self) -> bool:
         """Whether the checkpoint is a generator's; an exported folder is taken for a tokenizer's."""
         return not Path(self.ckpt).is_dir() and "generator" in read_checkpoint(self.ckpt)["tessera"]["architecture"]

@@ -71,7 +71,7 @@ def train_generator(cfg: DictConfig, run: Path) -> dict[str, Any]:
     source = None
     if cfg.tokens.path is None:
         views = Views.of(cfg.tokens.views, cfg.tokens.num_views, cfg.tokens.seed)
-        sizes = (cfg.tokens.batch_size, cfg.data.num_workers)
+        sizes = (cfg.tokens.batch_size, cfg.data.get("num_workers", 0))
         source = tokens_of_images(Path(cfg.paths.tokens), images, tokenizer, views, *sizes)
     folder = given_tokens(cfg.tokens, tokenizer, images) if source is None else source.folder
     datamodule = data(serve="tokens", token_cache=folder, expected_fingerprint=tokenizer.fingerprint())
