@@ -98,10 +98,11 @@ def unigram_loss(tokens, val_tokens, codes):
     return -logs.expand(len(val_tokens), -1, -1, -1).gather(-1, val_tokens[..., None]).mean().item()
 
 
+TOKENIZERS = {"llama": ("vq", "msbr"), "var": ("msvr_p2", "msbr")}
+
+
 @pytest.mark.parametrize(
-    ("name", "tokenizer"),
-    [(name, tokens) for name in KINDS for tokens in (["msvr_p2", "msbr"] if name == "var" else ["vq", "msvr_p2"])]
-    + [("rar", "msbr"), ("maskgit", "msbr")],
+    ("name", "tokenizer"), [(name, kind) for name in KINDS for kind in TOKENIZERS.get(name, ("vq", "msvr_p2"))]
 )
 def test_learns_digits(name, tokenizer):
     quantizer, tokens, labels, val_tokens, val_labels = digits(tokenizer)
