@@ -1,6 +1,7 @@
 """MaskGIT: embeddings, masks and loss of training; inputs that are refused."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from generators.maskgit_reference import KINDS, SMALL, small_maskgit
 from tessera.errors import ConfigError
 from tessera.generators import MaskGITUViT, MaskGITViT
+from tessera.generators.maskgit_layers import PostNormBlock, PreNormBlock
 from tessera.rng import IndexedRng
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -186,3 +188,14 @@ def test_published_dropouts_are_the_defaults():
 def test_bad_sizes_are_refused(kind, change, message):
     with pytest.raises(ConfigError, match=message):
         small_maskgit(kind, **change)
+
+
+@pytest.mark.parametrize("make", [PostNormBlock, partial(PreNormBlock, has_skip=False)])
+def test_dropout_is_applied_to_both_branches_of_a_block(make):
+    x = torch.randn(2, 5, 16)
+    for branch in ("attn.proj", "mlp.fc2"):
+        block = make(16, 2, 24, dropout=0.5).train()
+        other = block.get_submodule(branch)
+        torch.nn.init.zeros_(other.weight)
+        torch.nn.init.zeros_(other.bias)
+        assert not torch.allclose(block(x), block(x)), f"no dropout beside {branch}"

@@ -40,7 +40,7 @@ class MaskGITSampling(SamplingConfig):
     """
 
     num_steps: int = 8
-    gumbel_temperature: float = 4.5
+    gumbel_temperature: float = 3.0
     confidence: str = "logit"
 
     def __post_init__(self) -> None:
