@@ -7,6 +7,7 @@ from tessera.data.pixels import from_uint8, to_uint8, unit_to_uint8
 from tessera.data.token_build import build_token_cache
 from tessera.data.token_cache import TokenCache
 from tessera.data.token_jsonl import export_jsonl, import_jsonl
+from tessera.data.views import Views
 
 __all__ = [
     "DigitsImages",
@@ -15,6 +16,7 @@ __all__ = [
     "ImageDataModule",
     "ImageDataset",
     "TokenCache",
+    "Views",
     "build_token_cache",
     "export_jsonl",
     "from_uint8",
