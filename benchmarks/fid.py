@@ -152,8 +152,11 @@ def figures(options: argparse.Namespace, device: torch.device) -> None:
     moments = [fid_features_to_statistics(features.cpu()) for features in (fake, real)]
     variants = {name: lambda metric=metric: compute(metric) for name, metric in filled.items()}
     variants["torch-fidelity"] = lambda: fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
+    sums = seconds
     seconds, values = spread(variants, options.repeats, device)
     report(f"figure: FID from the sums, d={d}, {options.n} samples per side", seconds)
+    both = {name: [a + b for a, b in zip(sums[name], seconds[name], strict=True)] for name in sums}
+    report("both: FID from the features", both)
     for name in SIDES[1:]:
         difference = relative(values[SIDES[0]], values[name])
         sys.stdout.write(f"  {values[SIDES[0]]:.8f} and {name}'s {values[name]:.8f} differ by {difference:.1e} of it\n")

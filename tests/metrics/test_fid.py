@@ -4,7 +4,7 @@ import torch
 from forked import run_forked
 from golden_cases import golden
 from tessera.errors import DataError
-from tessera.metrics.fid import FrechetDistance, frechet_distance, moments, trace_root_product
+from tessera.metrics.fid import FrechetDistance, frechet_distance, lower_sandwich, moments, trace_root_product
 from tessera.metrics.statistics import Statistics
 
 
@@ -220,3 +220,11 @@ def test_two_processes_equal_one():
     answers = run_forked(_two_processes, real, fake)
     assert all(abs(value - expected) < 1e-9 for value, _ in answers)
     assert [n for _, n in answers] == [13, 24]  # the state stays per process
+
+
+@pytest.mark.parametrize(("d", "blocks"), [(1, 8), (7, 3), (16, 8), (33, 8)])
+def test_lower_sandwich_is_the_product(d, blocks):
+    root, sigma = features(60, d, 1).double().T.cov().view(d, d), features(60, d, 2).double().T.cov().view(d, d)
+    root = torch.linalg.cholesky(root)
+    expected = (root.T @ sigma @ root).tril()
+    torch.testing.assert_close(lower_sandwich(root, sigma, blocks).tril(), expected)

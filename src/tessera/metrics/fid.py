@@ -24,7 +24,7 @@ def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
         outer: (d, d) float64, sum of x x^T.
 
     Returns:
-        (d,) mean and (d, d) symmetric covariance, float64.
+        (d,) mean and (d, d) covariance, float64; symmetric as `outer` is.
 
     Raises:
         DataError: fewer than two samples.
@@ -32,8 +32,7 @@ def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
     if n < 2:
         raise DataError(f"a covariance needs at least 2 samples, but there are {n}; evaluate more images")
     mean = total / n
-    covariance = (outer - n * torch.outer(mean, mean)) / (n - 1)
-    return mean, (covariance + covariance.T) / 2
+    return mean, torch.addr(outer, mean, mean, alpha=-n).div_(n - 1)
 
 
 def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) -> Tensor:
@@ -56,13 +55,35 @@ def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) 
     for ridge in RIDGES:
         root, failed = torch.linalg.cholesky_ex(sigma1 + ridge * sigma1.diagonal().mean() * torch.eye(d).to(sigma1))
         if not failed:
+            inner = lower_sandwich(root, sigma2)
             break
     else:
         values, vectors = torch.linalg.eigh(sigma1)
         root = vectors * values.clamp_min(0).sqrt()
-    inner = root.T @ sigma2 @ root
-    values = torch.linalg.eigvalsh((inner + inner.T) / 2)  # ascending
+        inner = root.T @ sigma2 @ root
+    values = torch.linalg.eigvalsh(inner)  # of the lower triangle; ascending
     return values[d - rank :].clamp_min(0).sqrt().sum()
+
+
+def lower_sandwich(root: Tensor, sigma: Tensor, blocks: int = 8) -> Tensor:
+    """Lower triangle of R^T S R for a lower triangular R, above which the result is unspecified.
+
+    Leaves out most products with the zeros of R and above the diagonal: two fifths of the work of two full products.
+
+    Args:
+        root, sigma: (d, d).
+        blocks: of columns; more save more but make smaller products.
+    """
+    d = len(root)
+    size = max(1, -(-d // blocks))
+    right, inner = torch.empty_like(sigma), torch.zeros_like(sigma)
+    for start in range(0, d, size):
+        stop = min(start + size, d)
+        torch.mm(sigma[:, start:], root[start:, start:stop], out=right[:, start:stop])
+    for start in range(0, d, size):
+        stop = min(start + size, d)
+        torch.mm(root[start:, start:stop].T, right[start:, :stop], out=inner[start:stop, :stop])
+    return inner
 
 
 def frechet_distance(
