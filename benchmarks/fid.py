@@ -172,10 +172,11 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=2048, help="features of the figure")
     parser.add_argument("--n", type=int, default=4096, help="samples per side of the figure")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="default: torch's, one per core")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if "extraction" in options.parts:
         with tempfile.TemporaryDirectory() as folder:
