@@ -1,4 +1,4 @@
-"""Writes docs/combinations.md: which parts go together, and which published tokenizer each combination reproduces.
+"""Writes docs/combinations.md: which parts go together, and which published model each combination reproduces.
 
 Every combination is built at full size on the meta device, from the files of conf/; what a constructor refuses is
 listed with its reason. `--check` only tells whether the file is up to date.
@@ -49,13 +49,14 @@ Cell = tuple[str, str, int]  # codebook file, structure file, P
 
 @dataclass
 class Recipe:
-    """A recipe of a published tokenizer: where it lies in the tables, and what its header says."""
+    """A recipe of a published model: where it lies in the tables, and what its header says."""
 
     name: str
     title: str
     figures: str
     pair: Pair | None = None
     cell: Cell | None = None
+    generator: str | None = None  # its class; None for a tokenizer
     notes: list[str] = field(default_factory=list)
 
 
@@ -174,25 +175,26 @@ def header(name: str) -> str:
 
 
 def recipes() -> list[Recipe]:
-    """All recipes of published tokenizers, in the order of their names."""
+    """All recipes of published models, in the order of their names."""
     found = []
     for path in sorted((CONF / "experiment").rglob("*.yaml")):
         name = path.relative_to(CONF / "experiment").with_suffix("").as_posix()
         if name.split("/")[0] in OWN_DATA:
             continue
         text = header(name)
-        if "python train.py" in text and "stage: generator" in path.read_text():
-            continue
         title = re.search(r"^(?!@package)(.+)$", text, re.MULTILINE)[1]
         figures = re.search(r"^Figures: (.+)$", text, re.MULTILINE)
         recipe = Recipe(name, re.sub(r"[:(].*", "", title).strip(" ."), figures[1] if figures else "")
         earlier = re.search(r"tokenizer\.path=outputs/(\S+?)/checkpoints", text)
-        if "python post_train.py" in text:
+        cfg = None if "python post_train.py" in text else composed(f"experiment={name}")
+        if cfg is None:
             recipe.notes.append("trains the decoder of a trained tokenizer")
+        elif cfg.hydra.runtime.choices.stage == "generator":
+            recipe.generator = targets(cfg.generator)
         elif earlier:
             recipe.notes.append(f"trains the decoder of `{earlier[1]}`")
         else:
-            place(recipe, composed(f"experiment={name}"))
+            place(recipe, cfg)
         found.append(recipe)
     return found
 
@@ -218,6 +220,62 @@ def place(recipe: Recipe, cfg: DictConfig) -> None:
         return
     choices = cfg.hydra.runtime.choices
     recipe.cell = choices["quantizer/codebook"], choices["quantizer"], node.branches
+
+
+# ---- generators
+
+
+def generators() -> dict[str, str]:
+    """Class -> file of conf/generator that builds it, the first of each."""
+    found: dict[str, str] = {}
+    for path in sorted((CONF / "generator").glob("*.yaml")):
+        name = path.stem
+        if name != "pretrained":
+            found.setdefault(targets(composed("stage=generator", f"generator={name}").generator), name)
+    return found
+
+
+def fit(name: str, structure: str, branches: int) -> str | None:
+    """Why the generator of a file can't be built on the tokens of a structure; None where it can."""
+    grids = "quantizer.branch.grids=[1,2,3,4,5,6,8,10,13,16]"
+    extra = [grids] if structure == "multiscale" else []
+    cfg = composed("data=imagenet", "backbone=cnn", f"quantizer={structure}", f"quantizer.branches={branches}", *extra)
+    quantizer = built(cfg.tokenizer).quantizer
+    factory = make(composed("stage=generator", f"generator={name}").generator)
+    try:
+        with torch.device("meta"):
+            factory(**factory.func.sizes(quantizer, 1000)).bind(quantizer)
+    except ConfigError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def generator_lines(published: list[Recipe]) -> Iterator[str]:
+    """The page's part on generators."""
+    yield from (
+        "",
+        "## Generators",
+        "",
+        "Generators (rows, files of conf/generator) on tokens of each structure, P = 1 and 2, whatever the codebook",
+        "and the backbone.",
+        "",
+    )
+    reasons: list[str] = []
+    rows = []
+    for kind, name in generators().items():
+        row = [f"{kind} (`{name}`)"]
+        for structure in STRUCTURES:
+            refused = {fit(name, structure, branches) for branches in BRANCHES}
+            (reason,) = refused  # the branches never decide
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            row.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
+        rows.append(row)
+    yield from table(["generator", *STRUCTURES.values()], rows)
+    yield from ("", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)))
+    yield from ("", "## Published generators", "")
+    rows = [[f"`{r.name}`", r.title, str(r.generator), r.figures.rstrip(".")] for r in published if r.generator]
+    yield from table(["recipe", "generator", "class", "figures"], rows)
 
 
 # ---- the page
@@ -291,8 +349,9 @@ def render() -> str:
     lines += ["", "## Published tokenizers", ""]
     lines += table(
         ["recipe", "tokenizer", "parts", "figures"],
-        [[f"`{recipe.name}`", recipe.title, parts_text(recipe), recipe.figures.rstrip(".")] for recipe in published],
+        [[f"`{r.name}`", r.title, parts_text(r), r.figures.rstrip(".")] for r in published if r.generator is None],
     )
+    lines += generator_lines(published)
     return "\n".join(lines) + "\n"
 
 

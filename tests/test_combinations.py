@@ -30,9 +30,16 @@ def test_a_misfit_that_can_be_built_is_noticed():
         combinations.refusal(("quantizer.dim=64",))
 
 
-def test_every_recipe_of_a_published_tokenizer_is_listed():
+def test_which_generator_takes_which_tokens():
+    assert combinations.fit("var", "multiscale", 2) is None
+    assert "single grid" in combinations.fit("var", "single", 1)
+    assert set(combinations.generators()) == {"Llama", "MaskGITUViT", "MaskGITViT", "RAR", "VAR"}
+
+
+def test_every_recipe_of_a_published_model_is_listed():
     folder = ROOT / "conf" / "experiment"
     names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
     listed = {recipe.name for recipe in combinations.recipes()}
     assert listed <= names and not any(name.startswith(("digits", "fashion_mnist")) for name in listed)
-    assert {name for name in names if name.startswith(("xqgan/", "robustok/", "titok/", "var/"))} <= listed
+    published = ("ibq/", "rar/", "robustok/", "titok/", "var/", "xqgan/")
+    assert {name for name in names if name.startswith(published)} <= listed

@@ -29,7 +29,13 @@ KEYS = {
     | losses("val", PIXELS | CODES)
     | GAN_KEYS
     | {"train/lr/tokenizer", "train/perturbed_share"},
-    "generator": {"train/loss/total", "train/accuracy", "train/lr/generator", "val/loss/total", "val/accuracy"},
+    "generator": {
+        f"{split}/{name}{part}"
+        for split in ("train", "val")
+        for name, whole in (("loss", "/total"), ("accuracy", ""))
+        for part in (whole, *(f"/quarter{number}" for number in range(4)))
+    }
+    | {"train/lr/generator"},
     "post_training": losses("train", PIXELS | GAN) | losses("val", PIXELS | CODES) | GAN_KEYS | {"train/lr/decoder"},
 }
 
@@ -37,7 +43,8 @@ KEYS = {
 @pytest.mark.parametrize("name", STAGES)
 def test_log_keys(tmp_path, name):
     build, serve = STAGES[name]
-    fit = trainer(tmp_path, 2, limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None)
+    intervals = {"log_every_n_steps": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    fit = trainer(tmp_path, 2, limit_val_batches=1, **intervals)
     stage = build(**({"discriminator_start": 0.0} if name == "tokenizer" else {}))
     fit.fit(stage, data(serve, tmp_path, batch_size=16))
     assert set(fit.callback_metrics) == KEYS[name]
