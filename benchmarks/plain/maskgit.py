@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.generators import MaskGITSampling, MaskGITUViT, MaskGITViT
+from tessera.generators.layers import MLP
 from tessera.generators.maskgit import MaskGIT
 from tessera.generators.maskgit_layers import PostNormBlock, PreNormBlock, SelfAttention
 from tessera.rng import SampleRng
@@ -26,6 +27,15 @@ SIZES = {
     "b64": (MaskGITViT, 64, 768, 24, 3072),
     "s128": (MaskGITUViT, 128, 1024, 21, 4096),
 }
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Plain x W^T + b, without what our layer does when sampling."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def mlp(layer: MLP, x: Tensor) -> Tensor:
+    return linear(layer.fc2, F.gelu(linear(layer.fc1, x)))
 
 
 def gumbel(uniform: Tensor) -> Tensor:
@@ -85,32 +95,32 @@ class PlainMaskGIT:
             x = model.embed_norm(x + model.type_embed[0])
             for block in model.blocks:
                 x = self.post_norm(block, x)
-            return model.lm_head(x[:, 1:])
+            return linear(model.lm_head, x[:, 1:])
         skips = []
         for block in model.in_blocks:
             x = self.pre_norm(block, x)
             skips.append(x)
         x = self.pre_norm(model.mid_block, x)
         for block in model.out_blocks:
-            x = self.pre_norm(block, block.skip_linear(torch.cat([x, skips.pop()], -1)))
-        return model.lm_head(model.norm(x)[:, 1:])
+            x = self.pre_norm(block, linear(block.skip_linear, torch.cat([x, skips.pop()], -1)))
+        return linear(model.lm_head, model.norm(x)[:, 1:])
 
     def post_norm(self, block: PostNormBlock, x: Tensor) -> Tensor:
         weights, biases = block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)
         parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         x = block.norm1(x + self.attention(block.attn, *parts))
-        return block.norm2(x + block.mlp(x))
+        return block.norm2(x + mlp(block.mlp, x))
 
     def pre_norm(self, block: PreNormBlock, x: Tensor) -> Tensor:
-        parts = block.attn.qkv(block.norm1(x)).float().chunk(3, -1)
+        parts = linear(block.attn.qkv, block.norm1(x)).float().chunk(3, -1)
         x = x + self.attention(block.attn, *parts)
-        return x + block.mlp(block.norm2(x))
+        return x + mlp(block.mlp, block.norm2(x))
 
     @staticmethod
     def attention(layer: SelfAttention, *parts: Tensor) -> Tensor:
         heads = [part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in parts]
         out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return layer.proj(out.to(layer.proj.weight.dtype))
+        return linear(layer.proj, out.to(layer.proj.weight.dtype))
 
 
 def build(options: argparse.Namespace) -> MaskGIT:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
 from tessera.generators.base import Generator
+from tessera.generators.layers import Linear
 from tessera.generators.maskgit_layers import PostNormBlock, PreNormBlock
 from tessera.generators.maskgit_sampling import MaskGITSampling, generate_masked
 from tessera.generators.sampling import Rng, SamplingConfig
@@ -92,7 +93,7 @@ class MaskGIT(Generator):
         self.mask_id, self.first_class_id, self.none_id = token_ids, token_ids + 1, token_ids + 1 + num_classes
         self.embeddings = nn.Embedding(self.none_id + 1, hidden_size)
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens + 1, hidden_size))
-        self.lm_head = nn.Linear(hidden_size, token_ids)
+        self.lm_head = Linear(hidden_size, token_ids)
 
     def _init_weights(self) -> None:
         """N(0, 0.02) for tables and linear layers, zero biases."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.generators.layers import MLP
+from tessera.generators.layers import MLP, Linear
 
 
 class SelfAttention(nn.Module):
@@ -24,8 +24,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, dropout: float = 0.0, attention_dropout: float = 0.0):
         super().__init__()
         self.num_heads, self.attention_dropout = num_heads, attention_dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class PreNormBlock(nn.Module):
         attention_dropout: float = 0.0,
     ):
         super().__init__()
-        self.skip_linear = nn.Linear(2 * dim, dim) if has_skip else None
+        self.skip_linear = Linear(2 * dim, dim) if has_skip else None
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, False, dropout, attention_dropout)
         self.norm2 = nn.LayerNorm(dim)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import ConfigError
-from tessera.generators.inference import evaluating, guided
+from tessera.generators.inference import evaluating, float32_head, guided
 from tessera.generators.sampling import Rng, SamplingConfig, probabilities
 from tessera.rng import SampleRng, as_sample_rng
 
@@ -121,13 +121,15 @@ def generate_masked(
     temperatures = sampling.temperatures(steps)
     source = _source(rng, batch, device)
     with evaluating(model):
+        head = float32_head(model.lm_head)
         conditions = model.condition_ids(labels)
         without = torch.full_like(conditions, model.none_id)
         for step in range(steps):
             progress = (step + 1) / steps
             noise = sampling.gumbel_temperature * (1 - progress)
             features = _features(model, tokens, masked, conditions, without, weights[step])
-            logits = _filtered(model.head(features).transpose(1, 2), sampling, temperatures[step])
+            logits = head(features).unflatten(-1, (model.num_branches, model.codebook_size)).transpose(1, 2)
+            logits = _filtered(logits, sampling, temperatures[step])
             drawn = logits
             if noise > 0:
                 drawn = drawn + noise * gumbel(_uniform(source, f"sample/{step}", logits.shape, device))
@@ -155,8 +157,8 @@ def _features(
 
 
 def _filtered(logits: Tensor, sampling: MaskGITSampling, temperature: float) -> Tensor:
-    """Logits / temperature in float32, -inf where top-k or top-p removes a code."""
-    scaled = logits.float() / temperature
+    """Logits / temperature, -inf where top-k or top-p removes a code."""
+    scaled = logits / temperature
     if not sampling.top_k and sampling.top_p in (None, 1.0):
         return scaled
     return scaled.masked_fill(probabilities(logits, sampling, temperature) == 0, -torch.inf)
