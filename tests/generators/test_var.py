@@ -164,6 +164,11 @@ def test_the_residual_stream_stays_in_float32_under_autocast():
 # ---- the quantizer
 
 
+def test_a_copy_shares_the_quantizer():
+    model = small_var()
+    assert copy.deepcopy(model).quantizer is model.quantizer
+
+
 def test_the_quantizer_is_kept_beside_the_model():
     model = small_var()
     assert not any("quantizer" in name or "codebook" in name for name in model.state_dict())

@@ -22,6 +22,13 @@ from tessera.quantizers import ProductQuantizer
 from tessera.rng import SampleRng, as_sample_rng
 
 
+class _Shared(tuple):
+    """Modules that aren't registered as parts, and that a copy of their holder (an average of its weights) shares."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
 class VAR(Generator):
     """Next-scale generator for the tokens of a multi-scale (or residual) tokenizer.
 
@@ -113,7 +120,7 @@ class VAR(Generator):
         self.latent_channels, self.hidden_size, self.num_heads = latent_channels, hidden_size, num_heads
         self.label_smoothing, self.checkpoint_blocks = label_smoothing, checkpoint_blocks
         self.drop_path = drop_path
-        self._bound: tuple[ProductQuantizer, ...] = ()  # in a tuple, so that it isn't registered as a part
+        self._bound = _Shared()
 
         self.pos_start = nn.Parameter(torch.empty(1, self.scale_sizes[0], hidden_size))
         self.pos_1LC = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size))
@@ -165,7 +172,7 @@ class VAR(Generator):
     def bind(self, quantizer: ProductQuantizer) -> None:
         """See `Generator.bind`; also keeps the quantizer, which turns tokens into the input of the next scale."""
         super().bind(quantizer)
-        self._bound = (quantizer,)
+        self._bound = _Shared([quantizer])
 
     @property
     def quantizer(self) -> ProductQuantizer:
