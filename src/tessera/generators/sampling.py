@@ -101,9 +101,9 @@ def probabilities(logits: Tensor, sampling: SamplingConfig, temperature: float |
         temperature: of this step; None: `sampling.temperature`.
 
     Returns:
-        (..., K) float32, each row summing to 1. Codes as probable as the last of the top k stay with it. With top_p a
-        code stays while the more probable ones together hold less than it; of equal ones, the later counts as the
-        more probable.
+        (..., K) float32, each row summing to 1. Codes as probable as the last of the top k stay with it. With top_p
+        those go that hold at most 1 - top_p together with the less probable ones, but never the most probable; of
+        equal ones, the later counts as the more probable.
 
     Source: VAR (arXiv:2404.02905), whose order of the two filters and treatment of ties this is.
     """
@@ -114,30 +114,39 @@ def probabilities(logits: Tensor, sampling: SamplingConfig, temperature: float |
     if top_k == size and top_p == 1.0:
         return scaled.softmax(-1)
     # only the k best are sorted, and the others are compared with the last of them
-    best = scaled.topk(top_k, dim=-1).values
+    best, places = scaled.topk(top_k, dim=-1)
     if top_k < size:
         scaled = scaled.masked_fill(scaled < best[..., -1:], -torch.inf)
     probs = scaled.softmax(-1)
     if top_p == 1.0:
         return probs
-    probs = probs.masked_fill(~_nucleus(scaled, best, top_p), 0.0)
+    probs = probs.masked_fill(~_nucleus(scaled, best, probs.gather(-1, places), top_p), 0.0)
     return probs / probs.sum(-1, keepdim=True)
 
 
-def _nucleus(scaled: Tensor, best: Tensor, top_p: float) -> Tensor:
-    """Which codes top-p keeps, (..., K) bool.
+def _nucleus(scaled: Tensor, best: Tensor, ordered: Tensor, top_p: float) -> Tensor:
+    """Which codes top-p keeps, (..., K) bool: all but the least probable ones that together hold at most 1 - top_p.
+
+    The sums run from the least probable code up, so that of codes right at the limit, as equal ones may lie, the
+    published ones stay. Codes as large as the last of the k best, of which there may be more than k, are counted
+    without sorting them.
 
     Args:
         scaled: (..., K) float32 logits, -inf where top-k removed a code.
-        best: (..., k) the largest of them in falling order; there may be more codes as large as the last.
+        best: (..., k) the largest of them in falling order.
+        ordered: (..., k) their probabilities.
     """
-    ordered = (best - scaled.logsumexp(-1, keepdim=True)).exp()
-    held = ordered.cumsum(-1)
-    kept = (held - ordered < top_p).sum(-1, keepdim=True).clamp_min(1)
-    # equal codes beyond the k sorted ones
-    ties = ((scaled > -torch.inf).sum(-1, keepdim=True) - best.shape[-1]).clamp_min(0)
-    more = ((top_p - held[..., -1:]) / ordered[..., -1:]).ceil()
-    kept = kept + torch.minimum(more.nan_to_num(0).clamp_min(0), ties).long()
+    last, share = best[..., -1:], ordered[..., -1:].double()
+    limit = 1 - top_p
+    lowest = (scaled == last).sum(-1, keepdim=True)
+    fitting = (limit / share).floor()
+    fitting = fitting + (((fitting + 1) * share).float() <= limit)
+    # infinitely many fit where their probability is 0
+    dropped = torch.minimum(fitting, lowest).long()
+    higher = best > last
+    held = (lowest * share).float() + ordered.where(higher, 0.0).flip(-1).cumsum(-1)
+    dropped = dropped + (higher.flip(-1) & (held <= limit)).sum(-1, keepdim=True)
+    kept = ((scaled >= last).sum(-1, keepdim=True) - dropped).clamp_min(1)
     least = best.gather(-1, kept.clamp_max(best.shape[-1]) - 1)
     above = (best > least).sum(-1, keepdim=True)
     equal = scaled == least
