@@ -31,7 +31,7 @@ def public_ids(model: MaskGIT, tokens: Tensor, masked: Tensor) -> Tensor:
 
 def sampled(model: MaskGIT, data: Golden, run: str) -> dict[str, Tensor]:
     """What a run of `generate` records, ours."""
-    options = data.config["runs"][run]
+    sampling = public_sampling(data.config["runs"][run])
     entering, halves, first_logits = [], 0, None
     features = model.features
 
@@ -47,10 +47,10 @@ def sampled(model: MaskGIT, data: Golden, run: str) -> dict[str, Tensor]:
 
     model.features = watched
     uniforms = RecordedUniforms(sample=data.input["u_tokens"], confidence=data.input["u_confidence"])
-    ids = model.generate(data.input["class_ids"], public_sampling(options), rng=uniforms)[:, 0]
+    ids = model.generate(data.input["class_ids"], sampling, rng=uniforms)[:, 0]
     del model.features
-    # the public code also runs both halves in power-cosine's first round, whose weight is 1
-    halves += options["guidance_decay"] == "power-cosine"
+    if sampling.guidance_schedule == "power_cosine":  # the public code also runs both halves where the weight is 1
+        halves += (sampling.guidance_weights(len(entering)) or [1] * len(entering)).count(1)
     found = {
         "ids": ids,
         "ids_before_step": torch.stack(entering),
