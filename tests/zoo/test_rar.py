@@ -87,6 +87,7 @@ def test_layouts(case, tmp_path):
     assert model.class_dropout == options.get("class_label_dropout", 0.1)
 
 
+@pytest.mark.usefixtures("shipped_files")
 @CASES
 def test_loading_is_strict(case):
     file = golden(case)
