@@ -12,7 +12,7 @@ terms: ours in closed form over bits, naive over the K codes; the library comput
 `msbsq`: those bits on ten grids up to 16 x 16, of N / 256 images; naive differs in the entropy terms alone.
 
     python benchmarks/quantizers.py           # a few sizes, minutes
-    python benchmarks/quantizers.py --all     # N 1024, 16384; d 32, 64, 256; K 4096, 16384, 262144
+    python benchmarks/quantizers.py --all     # N 1024, 16384; d 32, 64, 256; K 4096, 16384, 262144: an hour or two
     python benchmarks/quantizers.py --kinds ibq --tokens 1024 --dims 256 --sizes 262144 [--device cuda] [--json FILE]
 """
 
