@@ -171,6 +171,12 @@ class Generator(nn.Module, ABC):
                 "(generator.codebook_size); lower it, or use 0 for all"
             )
 
+    def check_batch(self, tokens: Tensor, labels: Tensor) -> None:
+        """`check_labels` and `check_tokens` of a training batch where that costs no synchronisation, on the CPU."""
+        if tokens.device.type == "cpu":
+            self.check_labels(labels)
+            self.check_tokens(tokens, len(labels))
+
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels that are no (B,) integers in [0, num_classes)."""
         if labels.ndim != 1 or labels.dtype != torch.int64:

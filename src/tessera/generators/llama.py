@@ -227,9 +227,7 @@ class Llama(Generator):
         Ranges are checked where that costs no synchronisation, on the CPU.
         """
         batch, device = len(labels), tokens.device
-        if device.type == "cpu":
-            self.check_labels(labels)
-            self.check_tokens(tokens, batch)
+        self.check_batch(tokens, labels)
         dropped = None
         if self.training:
             dropped = as_sample_rng(rng, batch, device).uniform("class_dropout").to(device) < self.class_dropout

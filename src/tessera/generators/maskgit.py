@@ -218,9 +218,7 @@ class MaskGIT(Generator):
         masks. Ranges are checked where that costs no synchronisation, on the CPU.
         """
         batch, device = len(labels), tokens.device
-        if device.type == "cpu":
-            self.check_labels(labels)
-            self.check_tokens(tokens, batch)
+        self.check_batch(tokens, labels)
         if not self.training:
             return self.masked_loss(tokens, self.fixed_masks(tokens), self.condition_ids(labels))
         draws = as_sample_rng(rng, batch, device)

@@ -254,9 +254,7 @@ class RAR(Generator):
         costs no synchronisation, on the CPU.
         """
         batch, device = len(labels), tokens.device
-        if device.type == "cpu":
-            self.check_labels(labels)
-            self.check_tokens(tokens, batch)
+        self.check_batch(tokens, labels)
         if not self.training:
             return self.loss_in_order(tokens, self.condition_ids(labels), raster_orders(batch, self.num_tokens, device))
         draws = as_sample_rng(rng, batch, device)

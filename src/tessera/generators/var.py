@@ -300,9 +300,7 @@ class VAR(Generator):
             ConfigError: no quantizer is bound.
         """
         batch, device = len(labels), tokens.device
-        if device.type == "cpu":
-            self.check_labels(labels)
-            self.check_tokens(tokens, batch)
+        self.check_batch(tokens, labels)
         if not self.training:
             return self.teacher_forced_loss(tokens, self.condition_ids(labels))
         draws = as_sample_rng(rng, batch, device)
