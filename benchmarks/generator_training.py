@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import peak_bytes
+from measure import clock, peak_bytes
 
-from tessera.generators import RAR, VAR, Generator, Llama, MaskGITViT, llama, maskgit, rar, var, var_layers
+from tessera.generators import RAR, VAR, Generator, Llama, MaskGITViT, rar, scores, var_layers
 from tessera.quantizers import MultiScaleQuantizer, ProductQuantizer, SingleGridQuantizer, VQCodebook
 from tessera.rng import IndexedRng
 
@@ -185,8 +184,7 @@ def full_losses(
 def plainly() -> Iterator[None]:
     """Inside, generators train the plain way."""
     with contextlib.ExitStack() as stack:
-        for module in (rar, llama, var, maskgit):
-            stack.enter_context(mock.patch.object(module, "head_losses", full_losses))
+        stack.enter_context(mock.patch.object(scores, "head_losses", full_losses))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", masked_attention))
         stack.enter_context(mock.patch.object(var_layers, "scale_causal_attention", masked_scales))
         stack.enter_context(mock.patch.object(rar, "sample_orders", looped_orders))
@@ -211,19 +209,6 @@ class Step:
             self.loss = result["loss"].detach()
             if self.is_plain:
                 self.loss.item(), result["accuracy"].item()
-
-
-def clock(function: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds on an accelerator; CPU seconds on the CPU (one thread), which other processes disturb less."""
-    if device.type == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,7 +18,6 @@ The defaults (published width, 2 layers, 32 tokens of RAR and Llama) take about 
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +27,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import peak_bytes
+from measure import clock, peak_bytes
 from plain import llama, maskgit, rar, var
 
 from tessera.generators import Generator, MaskGITSampling, SamplingConfig
@@ -129,19 +128,6 @@ def flops_and_bytes(model: Generator, work: Work) -> tuple[float, float]:
     return 2.0 * (products + attention * work.pairs), float(head.element_size() * read)
 
 
-def seconds(function: Callable[[], None], device: torch.device) -> float:
-    """Wall seconds of one call on an accelerator; CPU seconds on the CPU, which other processes disturb less."""
-    if device.type == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, by the quickest way there is."""
     size = 1024 if device.type == "cpu" else 8192
@@ -150,15 +136,15 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     if is_large(b):
         layout = pack(b)
         ways.append(lambda: onednn_linear(a, layout, None))
-    return 2 * size**3 / min(seconds(way, device) for way in ways for _ in range(4))
+    return 2 * size**3 / min(clock(way, device) for way in ways for _ in range(4))
 
 
 def memory_rate(device: torch.device) -> float:
     """Bytes per second of the quicker of copying and reading."""
     source = torch.ones(2**26 if device.type == "cpu" else 2**29, device=device)
     target = torch.empty_like(source)
-    copying = min(seconds(lambda: target.copy_(source), device) for _ in range(4))
-    reading = min(seconds(lambda: source.sum(), device) for _ in range(4))
+    copying = min(clock(lambda: target.copy_(source), device) for _ in range(4))
+    reading = min(clock(lambda: source.sum(), device) for _ in range(4))
     return max(2 * source.nbytes / copying, source.nbytes / reading)
 
 
@@ -189,7 +175,7 @@ def compare(
     agreement = (tokens["ours"] == tokens["plain"]).float().mean().item()
     if options.dtype == "float32" and agreement < 1:
         raise SystemExit(f"batch {batch}: tokens differ (agreement {agreement:.4f}); the comparison is void")
-    times = [[seconds(side, device) for side in (plain, ours)] for _ in range(options.repeats)]
+    times = [[clock(side, device) for side in (plain, ours)] for _ in range(options.repeats)]
     plain_seconds, ours_seconds = (min(column) for column in zip(*times, strict=True))
     work = family.work(model, batch, family.sampling)
     flops, read = flops_and_bytes(model, work)

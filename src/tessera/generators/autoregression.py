@@ -42,7 +42,7 @@ def sample_sequence(
     once per sample. Without guidance, or where every weight is 1, the unconditional half doesn't run.
 
     Args:
-        model: with `condition_ids` and `none_id`.
+        model: the generator.
         decoder: makes the decoder for (R,) condition ids.
         labels, sampling, rng: as in `Generator.generate`, already checked.
         teacher, keep: likewise, but in the order of prediction.

@@ -12,6 +12,27 @@ from tessera.quantizers import ProductQuantizer
 from tessera.rng import SampleRng
 
 
+def check_transformer(sizes: dict[str, int], rates: dict[str, float]) -> None:
+    """Refuse impossible hyper-parameters of a transformer.
+
+    Args:
+        sizes: by name, `hidden_size` and `num_heads` among them; at least 1 each, and heads divide channels.
+        rates: probabilities and shares by name, in [0, 1).
+
+    Raises:
+        ConfigError: names the first that is wrong.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"generator.{name}={value} must be at least 1")
+    hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
+    if hidden_size % num_heads:
+        raise ConfigError(f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}")
+    for name, value in rates.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
+
+
 class Generator(nn.Module, ABC):
     """Class-conditional model of an image's tokens.
 
@@ -25,6 +46,7 @@ class Generator(nn.Module, ABC):
 
     Attributes:
         sampling_types: the settings that `generate` takes, the first by default.
+        first_class_id: row of class 0 in the table that holds the classes.
         can_compile_sampling: whether `compile_sampling` is available.
 
     Raises:
@@ -32,6 +54,7 @@ class Generator(nn.Module, ABC):
     """
 
     sampling_types: ClassVar[tuple[type[SamplingConfig], ...]] = (SamplingConfig,)
+    first_class_id: int = 0
     can_compile_sampling: ClassVar[bool] = False
     compiles_sampling: bool = False
 
@@ -47,6 +70,24 @@ class Generator(nn.Module, ABC):
         if not 0 <= class_dropout <= 1:
             raise ConfigError(f"generator.class_dropout={class_dropout} is outside [0, 1]; it is a share")
         self.class_dropout = class_dropout
+
+    @property
+    def none_id(self) -> int:
+        """Condition that stands for no class: the row behind those of the classes."""
+        return self.first_class_id + self.num_classes
+
+    def condition_ids(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Rows of the table of classes for labels.
+
+        Args:
+            labels: (B,) int64 in [0, num_classes).
+            dropped: (B,) bool; True: no condition.
+
+        Returns:
+            (B,) int64.
+        """
+        ids = labels + self.first_class_id
+        return ids if dropped is None else torch.where(dropped, self.none_id, ids)
 
     @classmethod
     def sizes(cls, quantizer: ProductQuantizer, num_classes: int) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
 from tessera.generators.autoregression import sample_sequence
-from tessera.generators.base import Generator
+from tessera.generators.base import Generator, check_transformer
 from tessera.generators.layers import Linear
 from tessera.generators.llama_decoder import LlamaDecoder
 from tessera.generators.llama_layers import AdaptiveRMSNorm, ClassEmbedding, LlamaBlock
 from tessera.generators.rotary import rotary_table
 from tessera.generators.sampling import Rng, SamplingConfig
-from tessera.generators.scores import head_losses, site_sums
+from tessera.generators.scores import site_sums, token_losses
 from tessera.grids import Grid, as_grid
 from tessera.quantizers import ProductQuantizer
 from tessera.rng import SampleRng, as_sample_rng
@@ -84,26 +84,17 @@ class Llama(Generator):
         checkpoint_blocks: bool = False,
     ):
         super().__init__(codebook_size, num_branches, num_tokens, num_classes, class_dropout)
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("mlp_multiple", mlp_multiple),
-            ("mlp_size", 1 if mlp_size is None else mlp_size),
-        ):
-            if value < 1:
-                raise ConfigError(f"generator.{name}={value} must be at least 1")
-        if hidden_size % num_heads:
-            raise ConfigError(f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}")
+        sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_multiple": mlp_multiple}
+        dropouts = {"token_dropout": token_dropout, "residual_dropout": residual_dropout, "mlp_dropout": mlp_dropout}
+        check_transformer(
+            sizes if mlp_size is None else sizes | {"mlp_size": mlp_size},
+            dropouts | {"attention_dropout": attention_dropout},
+        )
         if hidden_size // num_heads % 4:
             raise ConfigError(
                 f"generator.num_heads={num_heads} leaves heads of {hidden_size // num_heads} channels of "
                 f"generator.hidden_size={hidden_size}; rotating by row and column needs a multiple of 4"
             )
-        dropouts = {"token_dropout": token_dropout, "residual_dropout": residual_dropout, "mlp_dropout": mlp_dropout}
-        for name, value in (dropouts | {"attention_dropout": attention_dropout}).items():
-            if not 0 <= value < 1:
-                raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
         for name, value in (("gate_init", gate_init), ("rope_base", rope_base), ("norm_eps", norm_eps)):
             if not value > 0:
                 raise ConfigError(f"generator.{name}={value} must be positive")
@@ -143,23 +134,6 @@ class Llama(Generator):
     @classmethod
     def sizes(cls, quantizer: ProductQuantizer, num_classes: int) -> dict[str, Any]:
         return {**super().sizes(quantizer, num_classes), "grids": [tuple(grid) for grid in quantizer.grids]}
-
-    @property
-    def none_id(self) -> int:
-        """Condition that stands for no class."""
-        return self.num_classes
-
-    def condition_ids(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Rows of the class table for labels.
-
-        Args:
-            labels: (B,) int64 in [0, num_classes).
-            dropped: (B,) bool; True: no condition.
-
-        Returns:
-            (B,) int64.
-        """
-        return labels if dropped is None else torch.where(dropped, self.none_id, labels)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Sum over branches of the embeddings of tokens, without their scales': (B, P, N) int64 -> (B, N, d)."""
@@ -233,11 +207,8 @@ class Llama(Generator):
             dropped = as_sample_rng(rng, batch, device).uniform("class_dropout").to(device) < self.class_dropout
         # the last token predicts nothing, so it isn't fed
         features = self.features(tokens[:, :, :-1], self.condition_ids(labels, dropped))
-        targets = tokens.transpose(1, 2).flatten(0, 1)
-        losses, hits = head_losses(features.flatten(0, 1), self.head.weight, None, targets)
-        by_token = (batch, self.num_tokens, self.num_branches)
-        sites = (values.view(by_token).transpose(1, 2) for values in (losses, hits))
-        return {"loss": losses.mean(), **site_sums(*sites)}
+        losses, hits = token_losses(features, self.head.weight, None, tokens)
+        return {"loss": losses.mean(), **site_sums(losses, hits)}
 
     def generate(
         self,

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
-from tessera.generators.base import Generator
+from tessera.generators.base import Generator, check_transformer
 from tessera.generators.layers import Linear
 from tessera.generators.maskgit_layers import PostNormBlock, PreNormBlock
 from tessera.generators.maskgit_sampling import MaskGITSampling, generate_masked
 from tessera.generators.sampling import Rng, SamplingConfig
-from tessera.generators.scores import head_losses, site_sums
+from tessera.generators.scores import site_sums, token_losses
 from tessera.rng import IndexedRng, SampleRng, as_sample_rng, permutations
 
 
@@ -68,29 +68,15 @@ class MaskGIT(Generator):
         checkpoint_blocks: bool,
     ):
         super().__init__(codebook_size, num_branches, num_tokens, num_classes, class_dropout)
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("mlp_size", mlp_size),
-        ):
-            if value < 1:
-                raise ConfigError(f"generator.{name}={value} must be at least 1")
-        if hidden_size % num_heads:
-            raise ConfigError(f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}")
-        for name, value in (
-            ("dropout", dropout),
-            ("attention_dropout", attention_dropout),
-            ("label_smoothing", label_smoothing),
-        ):
-            if not 0 <= value < 1:
-                raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
+        sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_size": mlp_size}
+        rates = {"dropout": dropout, "attention_dropout": attention_dropout, "label_smoothing": label_smoothing}
+        check_transformer(sizes, rates)
         if not (math.isfinite(unmasked_weight) and unmasked_weight >= 0):
             raise ConfigError(f"generator.unmasked_weight={unmasked_weight} must be at least 0")
         self.label_smoothing, self.unmasked_weight = label_smoothing, unmasked_weight
         self.checkpoint_blocks = checkpoint_blocks
         token_ids = num_branches * codebook_size
-        self.mask_id, self.first_class_id, self.none_id = token_ids, token_ids + 1, token_ids + 1 + num_classes
+        self.mask_id, self.first_class_id = token_ids, token_ids + 1
         self.embeddings = nn.Embedding(self.none_id + 1, hidden_size)
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens + 1, hidden_size))
         self.lm_head = Linear(hidden_size, token_ids)
@@ -112,19 +98,6 @@ class MaskGIT(Generator):
         if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-    def condition_ids(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Ids of the embedding table for labels.
-
-        Args:
-            labels: (B,) int64 in [0, num_classes).
-            dropped: (B,) bool; True: no condition.
-
-        Returns:
-            (B,) int64.
-        """
-        ids = labels + self.first_class_id
-        return ids if dropped is None else torch.where(dropped, self.none_id, ids)
 
     def embed_tokens(self, tokens: Tensor, masked: Tensor) -> Tensor:
         """Sum over branches of the embeddings: (B, P, L) int64, (B, P, L) bool -> (B, L, d)."""
@@ -190,15 +163,8 @@ class MaskGIT(Generator):
             the samples' accuracies.)
         """
         features = self.features(tokens, masked, conditions)
-        losses, hits = head_losses(
-            features.flatten(0, 1),
-            self.lm_head.weight,
-            self.lm_head.bias,
-            tokens.transpose(1, 2).flatten(0, 1),
-            self.label_smoothing,
-        )
-        by_place = (len(tokens), self.num_tokens, self.num_branches)
-        losses, hits = (values.view(by_place).transpose(1, 2) for values in (losses, hits))
+        head = self.lm_head
+        losses, hits = token_losses(features, head.weight, head.bias, tokens, self.label_smoothing)
         weights = torch.where(masked, 1.0, self.unmasked_weight)
         loss = (losses * weights).sum() / (weights.sum() + 1e-8)
         return {"loss": loss, **site_sums(losses, hits, masked)}

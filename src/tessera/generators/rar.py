@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
 from tessera.generators.autoregression import sample_sequence
-from tessera.generators.base import Generator
+from tessera.generators.base import Generator, check_transformer
 from tessera.generators.layers import AdaptiveBlock, AdaptiveNorm, Linear
 from tessera.generators.orders import (
     RARSampling,
@@ -23,7 +23,7 @@ from tessera.generators.orders import (
 )
 from tessera.generators.rar_decoder import RARDecoder
 from tessera.generators.sampling import Rng, SamplingConfig
-from tessera.generators.scores import head_losses, site_sums
+from tessera.generators.scores import site_sums, token_losses
 from tessera.rng import SampleRng, as_sample_rng, permutations
 
 
@@ -86,21 +86,11 @@ class RAR(Generator):
         checkpoint_blocks: bool = False,
     ):
         super().__init__(codebook_size, num_branches, num_tokens, num_classes, class_dropout)
-        for name, value, low in (
-            ("hidden_size", hidden_size, 1),
-            ("depth", depth, 1),
-            ("num_heads", num_heads, 1),
-            ("mlp_size", mlp_size, 1),
-            ("extra_positions", extra_positions, 2),
-            ("extra_timesteps", extra_timesteps, 2),
-        ):
-            if value < low:
-                raise ConfigError(f"generator.{name}={value} must be at least {low}")
-        if hidden_size % num_heads:
-            raise ConfigError(f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}")
-        for name, value in (("dropout", dropout), ("attention_dropout", attention_dropout)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
+        sizes = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_size": mlp_size}
+        check_transformer(sizes, {"dropout": dropout, "attention_dropout": attention_dropout})
+        for name, value in (("extra_positions", extra_positions), ("extra_timesteps", extra_timesteps)):
+            if value < 2:
+                raise ConfigError(f"generator.{name}={value} must be at least 2")
         if len(order_anneal) != 2 or not 0 <= order_anneal[0] <= order_anneal[1] <= 1:
             raise ConfigError(
                 f"generator.order_anneal={list(order_anneal)} must be [start, end] with "
@@ -110,7 +100,7 @@ class RAR(Generator):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.checkpoint_blocks = checkpoint_blocks
         token_ids = num_branches * codebook_size
-        self.first_class_id, self.none_id = token_ids + 1, token_ids + 1 + num_classes
+        self.first_class_id = token_ids + 1
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens + extra_positions, hidden_size))
@@ -134,19 +124,6 @@ class RAR(Generator):
         for linear in linears:  # the adaptive projections stay at zero
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-
-    def condition_ids(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Ids of the embedding table for labels.
-
-        Args:
-            labels: (B,) int64 in [0, num_classes).
-            dropped: (B,) bool; True: no condition.
-
-        Returns:
-            (B,) int64.
-        """
-        ids = labels + self.first_class_id
-        return ids if dropped is None else torch.where(dropped, self.none_id, ids)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Sum over branches of the embeddings of tokens: (B, P, N) int64 -> (B, N, d)."""
@@ -232,11 +209,7 @@ class RAR(Generator):
         targets = permute(tokens, orders)
         # the last token predicts nothing, so it isn't fed
         features = self.features(targets[:, :, :-1], conditions, orders)
-        losses, hits = head_losses(
-            features.flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.transpose(1, 2).flatten(0, 1)
-        )
-        by_step = (len(tokens), self.num_tokens, self.num_branches)
-        losses, hits = (values.view(by_step).transpose(1, 2) for values in (losses, hits))
+        losses, hits = token_losses(features, self.lm_head.weight, self.lm_head.bias, targets)
         places = inverse(orders)
         return {"loss": losses.mean(), **site_sums(permute(losses.detach(), places), permute(hits, places))}
 

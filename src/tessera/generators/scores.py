@@ -43,6 +43,17 @@ def head_losses(
     return losses.view_as(targets), logits.detach().argmax(-1) == targets
 
 
+def token_losses(
+    features: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`head_losses` of whole sequences: features (B, L, d) and tokens (B, P, L) -> losses and hits (B, P, L)."""
+    batch, branches, length = tokens.shape
+    targets = tokens.transpose(1, 2).flatten(0, 1)
+    found = head_losses(features.flatten(0, 1), weight, bias, targets, label_smoothing)
+    losses, hits = (values.view(batch, length, branches).transpose(1, 2) for values in found)
+    return losses, hits
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Type of sums over codes: float32, or what is wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessera.errors import ConfigError
-from tessera.generators.base import Generator
+from tessera.generators.base import Generator, check_transformer
 from tessera.generators.layers import Linear, adaptive_projection
 from tessera.generators.sampling import Draw, Rng, SamplingConfig
-from tessera.generators.scores import head_losses, site_sums
+from tessera.generators.scores import site_sums, token_losses
 from tessera.generators.var_decoder import generate_scales
 from tessera.generators.var_layers import HeadNorm, VARBlock
 from tessera.grids import as_grid
@@ -102,14 +102,8 @@ class VAR(Generator):
         mlp_size = 4 * hidden_size if mlp_size is None else mlp_size
         drop_path = 0.1 * depth / 24 if drop_path is None else drop_path
         counts = {"latent_channels": latent_channels, "depth": depth, "hidden_size": hidden_size}
-        for name, value in (counts | {"num_heads": num_heads, "mlp_size": mlp_size}).items():
-            if value < 1:
-                raise ConfigError(f"generator.{name}={value} must be at least 1")
-        if hidden_size % num_heads:
-            raise ConfigError(f"generator.num_heads={num_heads} does not divide generator.hidden_size={hidden_size}")
-        for name, value in (("drop_path", drop_path), ("label_smoothing", label_smoothing)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"generator.{name}={value} is outside [0, 1)")
+        rates = {"drop_path": drop_path, "label_smoothing": label_smoothing}
+        check_transformer(counts | {"num_heads": num_heads, "mlp_size": mlp_size}, rates)
         init_std = math.sqrt(1 / (3 * hidden_size)) if init_std is None else init_std
         if init_std <= 0:
             raise ConfigError(f"generator.init_std={init_std} must be positive, or null for sqrt(1 / (3 hidden_size))")
@@ -192,18 +186,6 @@ class VAR(Generator):
             quantizer.to(device)
         return quantizer
 
-    def condition_ids(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Rows of the class table for labels.
-
-        Args:
-            labels: (B,) int64 in [0, num_classes).
-            dropped: (B,) bool; True: no condition, the last row.
-
-        Returns:
-            (B,) int64.
-        """
-        return labels if dropped is None else torch.where(dropped, self.num_classes, labels)
-
     def places(self) -> Tensor:
         """(L, C), what is added to every position: the embeddings of its place and of its scale."""
         levels = torch.cat([row.expand(n, -1) for row, n in zip(self.lvl_embed.weight, self.scale_sizes, strict=True)])
@@ -276,11 +258,8 @@ class VAR(Generator):
         Returns:
             As `Generator.loss`.
         """
-        features = self.features(self.latents(tokens), condition_ids, survival).flatten(0, 1)
-        targets = tokens.transpose(1, 2).flatten(0, 1)
-        losses, hits = head_losses(features, self.head.weight, self.head.bias, targets, label_smoothing)
-        by_site = (len(tokens), self.num_tokens, self.num_branches)
-        losses, hits = (values.view(by_site).transpose(1, 2) for values in (losses, hits))
+        features = self.features(self.latents(tokens), condition_ids, survival)
+        losses, hits = token_losses(features, self.head.weight, self.head.bias, tokens, label_smoothing)
         return {"loss": losses.mean(), **site_sums(losses, hits)}
 
     def loss(

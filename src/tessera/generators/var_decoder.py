@@ -158,7 +158,7 @@ def generate_scales(
     with evaluating(model):
         condition_ids = model.condition_ids(labels)
         if weights is not None:
-            condition_ids = torch.cat([condition_ids, torch.full_like(condition_ids, model.num_classes)])
+            condition_ids = torch.cat([condition_ids, torch.full_like(condition_ids, model.none_id)])
         decoder = VARDecoder(model, condition_ids)
         for scale in range(scales):
             first = decoder.position
