@@ -8,7 +8,7 @@ from PIL import Image
 
 from tessera.data import DigitsImages
 from tessera.errors import DataError, MissingFileError
-from tessera.metrics.image_sets import DatasetImageSet, image_hashes, open_images
+from tessera.metrics.image_sets import DatasetImageSet, TensorImageSet, image_hashes, open_images
 
 
 def pixels(n: int = 11, size: int = 6, seed: int = 0) -> np.ndarray:
@@ -79,6 +79,32 @@ def test_data_set():
     assert torch.equal(found, ((expected["image"] + 1) * 127.5).round().to(torch.uint8))
     assert index.tolist() == list(range(5, 12)) and images.labels[5:12].tolist() == expected["label"].tolist()
     assert images.name == "digits-val" and images.crop == "resize-8"
+
+
+def test_images_in_memory():
+    levels = torch.from_numpy(pixels()).permute(0, 3, 1, 2)
+    labels = torch.arange(11)
+    images = TensorImageSet(levels, name="made", labels=labels, crop="resize-6")
+    assert (len(images), images.size, images.name, images.crop) == (11, (6, 7), "made", "resize-6")
+    assert torch.equal(images.labels, labels)
+    index, found = collect(images, 3, 10, 3)
+    assert torch.equal(found, levels[3:10]) and index.tolist() == list(range(3, 10))
+    as_floats = TensorImageSet(levels / 127.5 - 1)
+    assert torch.equal(collect(as_floats)[1], levels) and as_floats.fingerprint() == images.fingerprint()
+    assert TensorImageSet(levels.flip(0)).fingerprint() != images.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 6, 7, 3), None, r"\(B, 3, H, W\), not \(2, 6, 7, 3\)"),
+        (torch.full((2, 3, 6, 7), 1.5), None, r"outside \[-1, 1\]"),
+        (torch.zeros(2, 3, 6, 7), torch.zeros(3), r"2 images but labels of shape \(3,\)"),
+    ],
+)
+def test_unusable_images_in_memory(images, labels, message):
+    with pytest.raises(DataError, match=message):
+        TensorImageSet(images, labels=labels)
 
 
 def test_hashes_tell_images_apart():

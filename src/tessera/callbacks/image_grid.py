@@ -13,38 +13,12 @@ from tessera import distributed
 from tessera.callbacks.figure import FigureCallback
 from tessera.callbacks.generation_fid import check_classes
 from tessera.callbacks.perturbed_fid import scaled_deltas, site_draws
+from tessera.data import tile, write_png
 from tessera.errors import ConfigError
 from tessera.metrics.protocol import Figure
 from tessera.perturbation.nearest import perturb_tokens, ranks
 
 log = logging.getLogger(__name__)
-
-
-def tile(images: Tensor, columns: int, padding: int = 2) -> Tensor:
-    """Lay images out in rows.
-
-    Args:
-        images: (B, 3, H, W) float in [-1, 1].
-        columns: images per row.
-        padding: white pixels around each image.
-
-    Returns:
-        (3, rows * (H + padding) + padding, ...) uint8.
-    """
-    from tessera.data.pixels import to_uint8
-
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
-    canvas = torch.full(
-        (3, rows * (height + padding) + padding, columns * (width + padding) + padding),
-        255,
-        dtype=torch.uint8,
-    )
-    for number, image in enumerate(to_uint8(images).cpu()):
-        top = padding + number // columns * (height + padding)
-        left = padding + number % columns * (width + padding)
-        canvas[:, top : top + height, left : left + width] = image
-    return canvas
 
 
 def log_image(trainer: lightning.Trainer, key: str, image: Tensor) -> None:
@@ -54,15 +28,6 @@ def log_image(trainer: lightning.Trainer, key: str, image: Tensor) -> None:
             logger.log_image(key, [image.permute(1, 2, 0).numpy()], step=trainer.global_step)
         elif hasattr(logger.experiment, "add_image"):
             logger.experiment.add_image(key, image, trainer.global_step)
-
-
-def write_png(path: Path, image: Tensor, scale: int = 1) -> None:
-    """Write (3, H, W) uint8 as PNG, each pixel enlarged to `scale` x `scale`."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    large = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    Image.fromarray(large.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
 class ImageGrid(FigureCallback):

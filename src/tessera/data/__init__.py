@@ -3,6 +3,7 @@
 from tessera.data.datamodule import ImageDataModule
 from tessera.data.folder import FolderImages
 from tessera.data.images import DigitsImages, FashionMNISTImages, ImageDataset
+from tessera.data.pictures import tile, write_png
 from tessera.data.pixels import from_uint8, to_uint8, unit_to_uint8
 from tessera.data.token_build import build_token_cache
 from tessera.data.token_cache import TokenCache
@@ -21,6 +22,8 @@ __all__ = [
     "export_jsonl",
     "from_uint8",
     "import_jsonl",
+    "tile",
     "to_uint8",
     "unit_to_uint8",
+    "write_png",
 ]

@@ -5,7 +5,7 @@ from tessera.metrics.codebook import CodebookUsage
 from tessera.metrics.comparison import compare, compare_pairs
 from tessera.metrics.features import FeatureExtractor, Features
 from tessera.metrics.fid import FrechetDistance, frechet_distance
-from tessera.metrics.image_sets import DatasetImageSet, ImageSet, open_images
+from tessera.metrics.image_sets import DatasetImageSet, ImageSet, TensorImageSet, open_images
 from tessera.metrics.inception import InceptionFeatures, PytorchFIDFeatures
 from tessera.metrics.inception_score import InceptionScore
 from tessera.metrics.kid import KernelDistance
@@ -40,6 +40,7 @@ __all__ = [
     "PytorchFIDFeatures",
     "Reference",
     "Statistics",
+    "TensorImageSet",
     "TimmFeatures",
     "TopKAccuracy",
     "TorchvisionFeatures",

@@ -1,6 +1,6 @@
-"""Sets of finished images to be measured: an .npz or .npy array, a folder of files, or a data set.
+"""Sets of finished images to be measured: an .npz or .npy array, a folder of files, a data set, or a tensor.
 
-They are read in shares and batches as uint8, never as a whole.
+Those on disk are read in shares and batches as uint8, never as a whole.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tessera.errors import DataError, MissingFileError
+from tessera.metrics.features import as_uint8
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,38 @@ class DatasetImageSet(ImageSet):
         for first in range(start, stop, batch_size):
             numbers = list(range(first, min(first + batch_size, stop)))
             yield torch.tensor(numbers), self._to_uint8(self.dataset[numbers]["image"])
+
+
+class TensorImageSet(ImageSet):
+    """Images in memory, such as reconstructions or samples just made; rounded to uint8.
+
+    Args:
+        images: (N, 3, H, W) uint8, or float in [-1, 1].
+        name: see `ImageSet`.
+        labels: (N,) int64 classes, or None.
+        crop: see `ImageSet`.
+
+    Raises:
+        DataError: another shape or dtype, values out of range, or labels that are not one per image.
+    """
+
+    def __init__(self, images: Tensor, name: str = "images", labels: Tensor | None = None, crop: str = ""):
+        self.images, self.name, self.labels, self.crop = as_uint8(images), name, labels, crop
+        if labels is not None and labels.shape != (len(images),):
+            raise DataError(f"{name} has {len(images)} images but labels of shape {tuple(labels.shape)}")
+        self.size = tuple(images.shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        shape = repr(tuple(self.images.shape)).encode()
+        return hashlib.sha256(shape + self.images.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(start, stop, batch_size):
+            last = min(first + batch_size, stop)
+            yield torch.arange(first, last), self.images[first:last]
 
 
 def file_hash(path: Path) -> str:
