@@ -120,6 +120,8 @@ def test_rank_deficient_and_dead_features_are_finite_and_exact():
     full = float(distance(real, fake).compute())
     keep = [i for i in range(12) if i != 3]
     assert abs(full - float(distance(real[:, keep], fake[:, keep]).compute())) < 1e-9
+    constant = distance(torch.ones(5, 3), torch.zeros(5, 3))
+    assert float(constant.compute()) == 3
     # fewer samples than features: singular values of the centred sets are the reference
     x, y = features(9, 30, 3).double(), features(7, 30, 4).double()
     xc, yc = (x - x.mean(0)) / 8**0.5, (y - y.mean(0)) / 6**0.5
@@ -222,9 +224,9 @@ def test_two_processes_equal_one():
     assert [n for _, n in answers] == [13, 24]  # the state stays per process
 
 
-@pytest.mark.parametrize(("d", "blocks"), [(1, 8), (7, 3), (16, 8), (33, 8)])
-def test_lower_sandwich_is_the_product(d, blocks):
+@pytest.mark.parametrize(("d", "leaf"), [(1, 1), (7, 3), (16, 4), (33, 8), (33, 64)])
+def test_lower_sandwich_is_the_product(d, leaf):
     root, sigma = features(60, d, 1).double().T.cov().view(d, d), features(60, d, 2).double().T.cov().view(d, d)
     root = torch.linalg.cholesky(root)
     expected = (root.T @ sigma @ root).tril()
-    torch.testing.assert_close(lower_sandwich(root, sigma, blocks).tril(), expected)
+    torch.testing.assert_close(lower_sandwich(root, sigma, leaf).tril(), expected)

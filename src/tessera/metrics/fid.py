@@ -13,6 +13,7 @@ from tessera.metrics.statistics import Statistics
 from tessera.metrics.sums import SumMetric, usable_rows
 
 RIDGES = (0.0, 1e-12)  # of the mean variance
+LEAF = 256  # matrices up to this size are multiplied in one piece
 
 
 def moments(n: int, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,8 @@ def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) 
 
     R is the Cholesky factor of S1; of a singular S1, with 1e-12 of its mean variance added, which changes the result by
     about 1e-12 of itself; should that fail too, the eigenvectors scaled by the roots of the eigenvalues. Eigenvalues
-    are real; negative ones are rounding and count as 0.
+    are real; negative ones are rounding and count as 0. Features that are constant on a side contribute nothing and are
+    left out.
 
     Args:
         sigma1, sigma2: (d, d) float64 covariances.
@@ -50,10 +52,15 @@ def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) 
     Returns:
         float64 scalar.
     """
+    varying = (sigma1.diagonal() > 0) & (sigma2.diagonal() > 0)
+    if not varying.all():
+        sigma1, sigma2 = (sigma[varying][:, varying] for sigma in (sigma1, sigma2))
     d = sigma1.shape[0]
     rank = d if rank is None else min(rank, d)
     for ridge in RIDGES:
-        root, failed = torch.linalg.cholesky_ex(sigma1 + ridge * sigma1.diagonal().mean() * torch.eye(d).to(sigma1))
+        shifted = sigma1.clone()
+        shifted.diagonal().add_(ridge * sigma1.diagonal().mean())
+        root, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             inner = lower_sandwich(root, sigma2)
             break
@@ -65,25 +72,41 @@ def trace_root_product(sigma1: Tensor, sigma2: Tensor, rank: int | None = None) 
     return values[d - rank :].clamp_min(0).sqrt().sum()
 
 
-def lower_sandwich(root: Tensor, sigma: Tensor, blocks: int = 8) -> Tensor:
-    """Lower triangle of R^T S R for a lower triangular R, above which the result is unspecified.
+def lower_sandwich(root: Tensor, sigma: Tensor, leaf: int = LEAF) -> Tensor:
+    """Lower triangle of R^T S R for a lower triangular R and a symmetric S; what is above it is unspecified.
 
-    Leaves out most products with the zeros of R and above the diagonal: two fifths of the work of two full products.
+    Halved again and again, which leaves out the products with the zeros of R and takes those that are each other's
+    transposes once: less than a third of the multiplications of two full products.
 
     Args:
         root, sigma: (d, d).
-        blocks: of columns; more save more but make smaller products.
+        leaf: size of the blocks that are multiplied in full; smaller ones save more but make smaller products.
     """
-    d = len(root)
-    size = max(1, -(-d // blocks))
-    right, inner = torch.empty_like(sigma), torch.zeros_like(sigma)
-    for start in range(0, d, size):
-        stop = min(start + size, d)
-        torch.mm(sigma[:, start:], root[start:, start:stop], out=right[:, start:stop])
-    for start in range(0, d, size):
-        stop = min(start + size, d)
-        torch.mm(root[start:, start:stop].T, right[start:, :stop], out=inner[start:stop, :stop])
+    inner = torch.empty_like(sigma)
+    _lower_sandwich(root, sigma, inner, leaf)
     return inner
+
+
+def _lower_sandwich(root: Tensor, sigma: Tensor, out: Tensor, leaf: int) -> None:
+    d = len(root)
+    if d <= leaf:
+        torch.mm(root.T @ sigma, root, out=out)
+        return
+    half = d // 2
+    top, side, bottom = root[:half, :half], root[half:, :half], root[half:, half:]
+    _lower_sandwich(top, sigma[:half, :half], out[:half, :half], leaf)
+    _lower_sandwich(bottom, sigma[half:, half:], out[half:, half:], leaf)
+    below = sigma[half:, half:] @ side
+    across = torch.empty_like(below)  # S21 R11
+    for start in range(0, half, leaf):
+        stop = min(start + leaf, half)
+        torch.mm(sigma[half:, start:half], top[start:, start:stop], out=across[:, start:stop])
+    both = across + below
+    for start in range(0, d - half, leaf):
+        stop = min(start + leaf, d - half)
+        torch.mm(bottom[start:, start:stop].T, both[start:], out=out[half + start : half + stop, :half])
+    corner = side.T @ across.add_(below, alpha=0.5)
+    out[:half, :half].add_(corner).add_(corner.T)
 
 
 def frechet_distance(
