@@ -33,9 +33,20 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Slow to import or optional: imported by the functions that need them
-LATE = {"lpips", "matplotlib", "skimage", "sklearn", "submitit", "tensorboard", "timm", "torch_fidelity", "wandb"}
+LATE = {
+    "huggingface_hub",
+    "lpips",
+    "matplotlib",
+    "skimage",
+    "sklearn",
+    "submitit",
+    "tensorboard",
+    "timm",
+    "torch_fidelity",
+    "wandb",
+}
 # Those of them that `pip install tessera` does not bring
-OPTIONAL = {"lpips", "matplotlib", "skimage", "submitit", "wandb"}
+OPTIONAL = {"huggingface_hub", "lpips", "matplotlib", "skimage", "submitit", "wandb"}
 # Their output is what they are run for
 PRINTING = {"tessera.run.demo"}
 

@@ -62,7 +62,7 @@ def tokenizer():
 
 def test_round_trip_is_exact(tokenizer, tmp_path):
     folder = export(tokenizer, tmp_path / "models" / "tiny", config())
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = from_pretrained(folder)
     assert not loaded.training
     assert loaded.fingerprint() == tokenizer.fingerprint()

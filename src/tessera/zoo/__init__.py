@@ -7,9 +7,11 @@ from torch import nn
 
 from tessera.errors import ConfigError
 from tessera.zoo import ibq, ibq_generator, maskgit, maskgit_generator, rar, titok, var, var_generator, xqgan
+from tessera.zoo.card import ModelCard
 from tessera.zoo.export import export, from_pretrained
+from tessera.zoo.hub import push_to_hub
 
-__all__ = ["export", "from_pretrained", "from_public"]
+__all__ = ["ModelCard", "export", "from_pretrained", "from_public", "push_to_hub"]
 
 
 def from_public(family: str, config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> nn.Module:

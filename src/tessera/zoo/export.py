@@ -1,4 +1,4 @@
-"""Models as two files for users: `model.safetensors` (weights) and `config.json` (how to build the model).
+"""Models as files for users: `model.safetensors` (weights), `config.json` (how to build the model) and a model card.
 
 No optimizer and no training state; which weights (averaged or raw) is the caller's choice.
 """
@@ -6,20 +6,23 @@ No optimizer and no training state; which weights (averaged or raw) is the calle
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import tessera
 from tessera.backbones.tuning import merge
 from tessera.errors import CheckpointError, ConfigError, MissingFileError, TesseraError
-from tessera.zoo.keys import key_problems, load_strictly
+from tessera.generators.base import Generator
+from tessera.zoo.card import CARD, CONFIG, WEIGHTS, ModelCard, card_text
+from tessera.zoo.hub import local_folder
+from tessera.zoo.keys import key_problems, load_strictly, read_public
 
 FORMAT = "tessera"
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 def _defined_module(target: str) -> str:
@@ -65,11 +68,8 @@ def plain_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     return given_weights({key: tunings.get(key, item) for key, item in config.items()})
 
 
-def build(config: Mapping[str, Any], source: str) -> nn.Module:
-    """Instantiate the `_target_` tree of one model, which may name parts of tessera only.
-
-    Returns:
-        The model, whose `architecture` is the tree, so that it can be exported.
+def instantiate(config: Mapping[str, Any], source: str) -> Any:
+    """Call what a `_target_` tree names, which may be parts of tessera only.
 
     Raises:
         CheckpointError: a foreign `_target_`.
@@ -82,16 +82,27 @@ def build(config: Mapping[str, Any], source: str) -> nn.Module:
     if "_target_" not in config:
         raise ConfigError(f"{source} has no _target_; it is not the config of one model")
     try:
-        model = hydra.utils.instantiate(dict(config), _convert_="all")
+        return hydra.utils.instantiate(dict(config), _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, TesseraError):
             raise error.__cause__ from None
         raise
+
+
+def build(config: Mapping[str, Any], source: str) -> nn.Module:
+    """The model of a `_target_` tree (`instantiate`), whose `architecture` is the tree, so that it can be exported."""
+    model = instantiate(config, source)
     model.architecture = config
     return model
 
 
-def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> Path:
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    config: Mapping[str, Any] | None = None,
+    card: ModelCard | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a model to a folder that `from_pretrained` reads; existing files of that name are replaced.
 
     Low-rank adapters are folded into the weights they adapt, so that the model loads as a plain one.
@@ -101,16 +112,23 @@ def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | Non
         folder: created where needed.
         config: resolved `_target_` tree (plain dicts, lists, numbers, strings) that builds the model; None:
             the model's `architecture`, which training, `from_pretrained` and `from_public` set.
+        card: what the model card says besides the sizes; None: what the model was loaded with, else nothing.
+        sampling: `_target_` node of a generator's settings; None: of its `sampling`, where it has one.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: no config, or one that builds a model of other weights.
+        ConfigError: no config, or one that builds a model of other weights; sampling settings that a generator can't
+            follow, or for a tokenizer.
     """
     config = getattr(model, "architecture", None) if config is None else config
     if config is None:
         raise ConfigError("export needs config, the resolved tree that builds the model")
+    description: dict[str, Any] = {"format": FORMAT, "version": tessera.__version__}
+    if (settings := _sampling(model, sampling)) is not None:
+        description["sampling"] = settings
+    card = card or getattr(model, "card", None) or ModelCard()
     config, model = plain_architecture(config), merge(model)
     with torch.device("meta"):
         twin = build(config, "config")
@@ -121,34 +139,58 @@ def export(model: nn.Module, folder: str | Path, config: Mapping[str, Any] | Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # clone: safetensors refuses tensors that share memory
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / _WEIGHTS)
-    description: dict[str, Any] = {"format": FORMAT, "version": tessera.__version__, "config": config}
-    if hasattr(model, "fingerprint"):
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / WEIGHTS)
+    description |= {"config": config, "card": {key: value for key, value in asdict(card).items() if value}}
+    if isinstance(model, Generator):
+        if (made_for := getattr(model, "tokenizer_fingerprint", None)) is not None:
+            description["tokenizer_fingerprint"] = made_for
+    elif hasattr(model, "fingerprint"):
         description["fingerprint"] = model.fingerprint()
-    (folder / _CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+    (folder / CARD).write_text(card_text(model, card))
     return folder
 
 
-def from_pretrained(folder: str | Path) -> nn.Module:
+def _sampling(model: nn.Module, node: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The `_target_` node of a generator's settings, checked against it."""
+    if node is not None:
+        if not isinstance(model, Generator):
+            raise ConfigError(f"sampling belongs to a generator, but the model is a {type(model).__name__}")
+        model.check_sampling(instantiate(node, "sampling"))
+        return dict(node)
+    settings = getattr(model, "sampling", None)
+    return (
+        None if settings is None else {"_target_": f"tessera.generators.{type(settings).__name__}", **asdict(settings)}
+    )
+
+
+def from_pretrained(source: str | Path) -> nn.Module:
     """The model that `export` wrote, in eval mode on the CPU.
 
+    Args:
+        source: a folder, or an id `owner/name` of the Hugging Face hub (which needs `pip install tessera[hub]`).
+
+    Returns:
+        The model. `card` holds what its model card says, and a generator's `sampling` the settings that it was exported
+        with (None where there are none).
+
     Raises:
-        MissingFileError: a file is missing.
+        MissingFileError: a file is missing; no such folder and no such id on the hub, or the hub can't be reached.
         CheckpointError: not an export of Tessera; weights that do not fit; damaged weights; foreign
             `_target_`.
     """
-    folder = Path(folder)
-    for name in (_CONFIG, _WEIGHTS):
+    folder = local_folder(source)
+    for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise MissingFileError(f"{folder / name} does not exist; give a folder written by tessera.zoo.export")
-    try:
-        description = json.loads((folder / _CONFIG).read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{folder / _CONFIG} is not valid JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / _CONFIG} was not written by tessera.zoo.export")
-    model = build(description["config"], str(folder / _CONFIG))
-    load_strictly(model, load_file(folder / _WEIGHTS), str(folder / _WEIGHTS))
+    description = _described(folder / CONFIG)
+    model = build(description["config"], str(folder / CONFIG))
+    load_strictly(model, read_public(folder / WEIGHTS, "it is part of an export"), str(folder / WEIGHTS))
+    model.card = ModelCard(**description.get("card", {}))
+    if isinstance(model, Generator):
+        model.tokenizer_fingerprint = description.get("tokenizer_fingerprint")
+        settings = description.get("sampling")
+        model.sampling = None if settings is None else instantiate(settings, f"sampling of {folder / CONFIG}")
     stored = description.get("fingerprint")
     if stored is not None and model.fingerprint() != stored:
         raise CheckpointError(
@@ -156,3 +198,14 @@ def from_pretrained(folder: str | Path) -> nn.Module:
             "the weights or config.json were changed afterwards"
         )
     return model.eval()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The content of a config.json of ours."""
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT or "config" not in description:
+        raise CheckpointError(f"{path} was not written by tessera.zoo.export")
+    return description
