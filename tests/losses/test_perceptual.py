@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from golden_cases import assert_close, golden
 from tessera.errors import CheckpointError, DataError, MissingFileError
 from tessera.losses import LPIPS
-from tessera.losses.perceptual import packaged_linear_weights
+from tessera.losses.lpips_network import linear_weights_of
 
 
 def thin_lpips(data, tmp_path):
@@ -69,7 +69,7 @@ def test_linear_weights_of_another_backbone_are_refused(tmp_path):
 
 
 def test_packaged_linear_weights_fit_the_real_widths():
-    linear = packaged_linear_weights()
+    linear = linear_weights_of("vgg", "perceptual")
     found = torch.load(linear, map_location="cpu", weights_only=True)
     assert [found[f"lin{stage}.model.1.weight"].shape[1] for stage in range(5)] == [64, 128, 256, 512, 512]
     assert all((found[f"lin{stage}.model.1.weight"] >= 0).all() for stage in range(5))

@@ -7,8 +7,8 @@ from generated_weights import draw
 from golden_cases import assert_close, golden
 from tessera.errors import CheckpointError, ConfigError, DataError, MissingFileError
 from tessera.losses import LPIPS as Loss
+from tessera.losses.lpips_network import linear_weights_of
 from tessera.metrics import LPIPS, LPIPSDistance
-from tessera.metrics.lpips import linear_weights_of
 from tessera.metrics.reconstruction import unit_range
 
 # slices of the lpips package: numbers of torchvision's convolutions -> (out, in, side)
@@ -59,7 +59,7 @@ def test_published_implementations(case, tmp_path):
         torch.save(generated_backbone(slices, file.config["base_seed"]), tmp_path / f"{backbone}.pth")
         distance = LPIPSDistance(backbone, tmp_path / f"{backbone}.pth")
         actual = {f"lin_checksum/{backbone}/lin{i}": getattr(distance, f"linear{i}").double().sum() for i in range(5)}
-        value, stages = distance(recon, images), distance.per_stage(recon, images)
+        value, stages = distance(recon, images), torch.stack(distance.terms(recon, images), 1)
         actual |= {f"lpips_pkg/{backbone}": value, f"lpips_pkg/{backbone}_per_layer": stages}
         actual |= {f"torchmetrics/{backbone}": value, f"torchmetrics/{backbone}_normalize01": value}
         if backbone == "vgg":
@@ -92,12 +92,14 @@ def test_mean_over_images_of_the_rounded_pairs(alex):
 def test_bad_input(alex, tmp_path):
     with pytest.raises(ConfigError, match=r"metrics\.lpips\.backbone='squeeze'"):
         LPIPSDistance("squeeze", alex)
-    with pytest.raises(MissingFileError, match=r"metrics\.lpips\.backbone_weights=.*no figure without"):
+    with pytest.raises(
+        MissingFileError, match=r"metrics\.lpips\.backbone_weights=.*no LPIPS without.*metrics/lpips=none"
+    ):
         LPIPSDistance("alex", tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match=r"lacks features\.2\.weight; give torchvision's vgg16"):
         LPIPSDistance("vgg", alex)
     with pytest.raises(CheckpointError, match=r"metrics\.lpips\.linear_weights=.*lin1.*192 channels"):
-        LPIPSDistance("alex", alex, linear_weights_of("vgg"))
+        LPIPSDistance("alex", alex, linear_weights_of("vgg", "metrics.lpips"))
     small = torch.zeros(1, 3, 40, 30)
     with pytest.raises(DataError, match=r"\(40, 30\) pixels are too small for LPIPS\[alex\]"):
         LPIPSDistance("alex", alex)(small, small)

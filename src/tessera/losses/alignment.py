@@ -15,7 +15,6 @@ from tessera.frozen import Standardise, Unregistered, timm_vit
 
 FEATURES = ("class", "patch")
 PROJECTIONS = ("auto", "quant_conv", "own")
-SOURCES = ("clean", "perturbed")
 
 
 def logit_scale(progress: float, start: float, end: float | None = None) -> float:
@@ -141,8 +140,6 @@ class Alignment(nn.Module):
         scale: of the logits, at the start of training.
         end_scale: at the end of training, linear in between; None: constant.
         projection: of the teacher's feature: "quant_conv", "own" (a linear layer), or "auto": the first if it fits.
-        source: "clean" aligns the latent before a perturbation; "perturbed" after it, as RobusTok's code does against
-            its paper.
 
     Raises:
         ConfigError: unknown names, scales that aren't positive.
@@ -158,19 +155,16 @@ class Alignment(nn.Module):
         scale: float = 1.0,
         end_scale: float | None = None,
         projection: str = "auto",
-        source: str = "clean",
     ):
         super().__init__()
         if projection not in PROJECTIONS:
             raise ConfigError(f"alignment.*.projection={projection!r} is unknown; choose one of {PROJECTIONS}")
-        if source not in SOURCES:
-            raise ConfigError(f"alignment.*.source={source!r} is unknown; choose one of {SOURCES}")
         for key, value in (("scale", scale), ("end_scale", 1.0 if end_scale is None else end_scale)):
             if value <= 0:
                 raise ConfigError(f"alignment.*.{key}={value} must be positive")
         self._teacher = Unregistered(teacher)
         self.normalize, self.scale, self.end_scale = normalize, scale, end_scale
-        self.kind, self.source = projection, source
+        self.kind = projection
         self.chosen = None if branches is None else tuple(branches)
         self.branches: tuple[int, ...] = ()
         self.own: nn.Linear | None = None
