@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -27,11 +28,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from tessera.errors import ConfigError, TesseraError
+from tessera.run.record import save_failure
 from tessera.run.strict import RECIPES, suggestion
 
 Task = Callable[[DictConfig], dict[str, Any]]
 
 USER_ERROR = 2
+EXCLUDE_KEYS = "hydra.job.config.override_dirname.exclude_keys"
+PLUGINS = {  # options that are not files of conf/: (extra, package)
+    "hydra/launcher/submitit_slurm": ("slurm", "hydra-submitit-launcher"),
+    "hydra/launcher/submitit_local": ("slurm", "hydra-submitit-launcher"),
+    "hydra/sweeper/optuna": ("optuna", "hydra-optuna-sweeper"),
+}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -55,18 +63,23 @@ def hydra_entry(config_name: str) -> Callable[[Task], Callable[[], None]]:
             try:
                 results = task(cfg)
                 if results.get("stopped_by"):
-                    raise SystemExit(128 + signal.Signals[results["stopped_by"]].value)
+                    hand_on(signal.Signals[results["stopped_by"]])
                 return objective_value(results, cfg.get("objective"))
             except Exception as error:
+                line = user_message(error, conf, config_name)
+                save_failure(line or f"{type(error).__name__}: {_one_line(error)}")
                 # Hydra would print a second line; in a sweep that line says which run failed
                 if HydraConfig.get().mode == RunMode.RUN:
                     exit_if_user_error(error, conf, config_name)
+                if cause := next((cause for cause in _causes(error) if isinstance(cause, TesseraError)), None):
+                    raise cause from None  # a launcher's process gets the exception without what caused it
                 raise
 
         @functools.wraps(task)
         def main() -> None:
             traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing its own digest
+            sys.argv += job_folder_options(sys.argv[1:])
             try:
                 hydra.main(version_base=None, config_path=str(conf), config_name=config_name)(job)()
             except KeyboardInterrupt:
@@ -86,6 +99,34 @@ def set_thread_variables(cfg: DictConfig) -> None:
     """Limit the thread pools of numerical libraries to `num_threads`; they read this when they are first imported."""
     for name in THREAD_VARIABLES:
         os.environ[name] = str(cfg.get("num_threads", 1))
+
+
+def job_folder_options(arguments: list[str]) -> list[str]:
+    """What to add to a command line so that job folders of a sweep (-m) are named after what is swept and no more.
+
+    A single job then has the folder that it would have without -m, so that launchers don't change where runs are.
+    """
+    if not {"-m", "--multirun"} & set(arguments) or any(text.startswith(EXCLUDE_KEYS) for text in arguments):
+        return []
+    try:
+        overrides = OverridesParser.create().parse_overrides([text for text in arguments if not text.startswith("-")])
+    except OverrideParseException:
+        return []  # Hydra reports it
+    fixed = {override.key_or_group for override in overrides if not override.is_sweep_override()}
+    swept = {override.key_or_group for override in overrides} - fixed
+    named = {"name", "ckpt"} | ({"experiment"} if "name" not in fixed else set())  # a recipe names its run
+    excluded = sorted((fixed | named) - (swept - named))
+    return [f"{EXCLUDE_KEYS}=[{','.join(repr(key) for key in excluded)}]"]
+
+
+def hand_on(stopped_by: signal.Signals) -> None:
+    """End the process after a signal has stopped its run.
+
+    In a submitit job the signal that announces the time limit goes on to submitit, which requeues the job.
+    """
+    if "SUBMITIT_EXECUTOR" in os.environ and stopped_by == signal.SIGUSR2:
+        signal.raise_signal(stopped_by)
+    raise SystemExit(128 + stopped_by)
 
 
 def objective_value(results: dict[str, Any], objective: str | None) -> Any:
@@ -140,6 +181,8 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
             return f"{cause.full_key} can't be resolved: {_first_line(cause)}"
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; by name, to not import it
             return f"trainer: {_one_line(cause)}"
+        if type(cause).__name__ in ("UncompletedJobError", "FailedJobError"):  # submitit's
+            return _submitted_job(cause)
     if isinstance(error, OverrideParseException):
         return (
             f"can't read {error.override!r}: {_first_line(error)}; quote values with special characters: 'key=\"a,b\"'"
@@ -181,8 +224,23 @@ def _quoted(text: str) -> str | None:
     return match.group(1) if match else None
 
 
+def _submitted_job(error: BaseException) -> str:
+    """For a job that couldn't be submitted, or has ended without a result."""
+    result = re.search(r"with path (\S+)", str(error))
+    if result is None:
+        return f"hydra.launcher: {_one_line(error)}"
+    return (
+        f"a job was stopped or has crashed; its logs are in {Path(result.group(1)).parent}; "
+        "the same command with ckpt=auto continues it"
+    )
+
+
 def _missing_config(error: MissingConfigException, conf: Path) -> str:
     path = str(error.missing_cfg_file or "").removesuffix(".yaml")
+    if path in PLUGINS:
+        group, _, choice = path.rpartition("/")
+        extra, package = PLUGINS[path]
+        return f"{group}: {choice} comes with {package}, which is not installed; pip install 'tessera[{extra}]'"
     given = [text.lstrip("+").partition("=") for text in _overrides()]
     group = next((name for name, _, choice in given if f"{name}/{choice}" == path), path.rpartition("/")[0])
     options = _options(conf, group)

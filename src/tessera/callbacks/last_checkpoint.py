@@ -15,11 +15,12 @@ from tessera.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: every n steps, at the end, and on the first SIGINT or SIGTERM, which stops the run.
+    """Keeps `last.ckpt`: every n steps, at the end, and on the first SIGINT, SIGTERM, or SIGUSR2 (which announces a
+    cluster's time limit), which stops the run.
 
     It is written between batches only, after all other callbacks have seen the batch (Lightning calls checkpoint
     callbacks last), so that continuing from it is exact. A second signal stops at once. In a distributed run the

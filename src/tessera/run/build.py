@@ -1,7 +1,6 @@
 """From configuration to objects: instantiation, run folder, resuming, trainer."""
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
+from tessera.run.launch import SubmititEnvironment, is_submitted
+from tessera.run.record import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def resume_path(ckpt: str | None, run: Path) -> str | None:
             raise MissingFileError(f"ckpt={ckpt} does not exist; give an existing checkpoint, ckpt=auto, or ckpt=null")
         return str(ckpt)
     # under a launcher the other ranks start after rank 0 has begun to write
-    if last.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if last.exists() and is_first_process():
         raise ConfigError(
             f"{run} already holds a run; continue it with ckpt=auto, choose another name=..., or delete the folder"
         )
@@ -132,17 +133,27 @@ class SaveRecord(Callback):
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> lightning.Trainer:
-    """The Lightning trainer of a run, with the configured logger (or none) and callbacks."""
-    trainer: Callable[..., lightning.Trainer] = hydra.utils.instantiate(
+    """The Lightning trainer of a run, with the configured logger (or none) and callbacks.
+
+    Raises:
+        ConfigError: in a submitted job, another number of devices than the job has tasks.
+    """
+    factory: Callable[..., lightning.Trainer] = hydra.utils.instantiate(
         {**plain(cfg.trainer), "_partial_": True}, _convert_="all"
     )
+    environment = SubmititEnvironment() if is_submitted() else None
+    processes = {} if environment is None else {"plugins": environment}
     # Lightning adds parts of its own unless told otherwise
-    return trainer(
+    trainer = factory(
         callbacks=callbacks,
         logger=make(cfg.logger) or False,
         enable_checkpointing=_has(callbacks, Checkpoint),
         enable_progress_bar=_has(callbacks, ProgressBar),
+        **processes,
     )
+    if environment is not None:
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+    return trainer
 
 
 def _has(callbacks: list[Callback], kind: type) -> bool:

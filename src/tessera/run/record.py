@@ -12,10 +12,14 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 CONFIG_FILE = "config.yaml"
 RECORD_FILE = "run.yaml"
+FAILURE_FILE = "failed.yaml"
+# LOCAL_RANK, which Lightning sets, before SLURM_PROCID, which an interactive session sets for all that it starts
+RANKS = ("RANK", "SUBMITIT_LOCAL_GLOBALID", "LOCAL_RANK", "SLURM_PROCID")
 PACKAGES = (
     "tessera",
     "torch",
@@ -64,6 +68,12 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def is_first_process() -> bool:
+    """Whether this is rank 0; asked before Lightning has started the process group, so by environment."""
+    own = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    return int(own) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+
+
 def save_record(cfg: DictConfig, run: Path) -> dict[str, Any]:
     """Write `config.yaml` (resolved) and `run.yaml` (how it was started, oldest first) into the run folder.
 
@@ -81,24 +91,39 @@ def save_record(cfg: DictConfig, run: Path) -> dict[str, Any]:
     record = {
         "stage": OmegaConf.select(cfg, "stage._target_"),
         "seed": int(cfg.seed),
-        "overrides": [str(text) for text in HydraConfig.get().overrides.task] if HydraConfig.initialized() else [],
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "overrides": _overrides(),
+        "command": _command(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git_state(),
         "versions": package_versions(),
     }
-    if _is_first_process():
+    if is_first_process():
         _write(run / CONFIG_FILE, config)
         path = run / RECORD_FILE
         earlier = yaml.safe_load(path.read_text()) if path.exists() else []
         _write(path, [*earlier, record])
+        (run / FAILURE_FILE).unlink(missing_ok=True)
     return {**record, "config": config}
 
 
-def _is_first_process() -> bool:
-    """Whether this process writes; asked before Lightning has started the process group, so by environment."""
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return int(next((value for value in ranks if value is not None), 0)) == 0
+def save_failure(message: str) -> None:
+    """Leave the reason why a run failed in its folder, until it is started again."""
+    content = {"error": message, "overrides": _overrides(), "command": _command()}
+    _write(Path(HydraConfig.get().runtime.output_dir) / FAILURE_FILE, content)
+
+
+def _overrides() -> list[str]:
+    if not HydraConfig.initialized():
+        return []
+    # one that is an interpolation is resolved where it stands in the config, not here
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+
+
+def _command() -> str:
+    """What starts this run; of a job of a sweep, what would start it alone."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return shlex.join(["python", f"{HydraConfig.get().job.config_name}.py", *_overrides()])
+    return shlex.join([Path(sys.executable).name, *sys.argv])
 
 
 def _write(path: Path, content: Any) -> None:
