@@ -195,7 +195,6 @@ def test_the_teacher_stays_frozen():
         (lambda: teacher(patch_size=None), r"patches of 14 pixels.*set alignment\.\*\.teacher\.patch_size"),
         (lambda: teacher(model="dino_of_nobody"), r"teacher\.model='dino_of_nobody'"),
         (lambda: Alignment(teacher(), projection="linear"), r"projection='linear'"),
-        (lambda: Alignment(teacher(), source="noisy"), r"source='noisy'"),
         (lambda: Alignment(teacher(), scale=0.0), r"alignment\.\*\.scale=0\.0 must be positive"),
         (lambda: Alignment(teacher(), end_scale=-1.0), r"alignment\.\*\.end_scale=-1\.0"),
         (lambda: Alignment(teacher(resolution=20)).bind(tokenizer()), r"resolution=20: the teacher's patch grid"),

@@ -57,10 +57,10 @@ def test_replaces_tokens_by_neighbours_in_selected_images(branches, l2_normalize
     quantizer = build(branches, l2_normalize)
     z, clean = batch(quantizer)
     strategy = NearestCodePerturbation(0.7, 0.5, 5, neighbors_of=neighbors_of)
-    output, share = strategy(quantizer, z, clean, progress=0.0, rng=rng())
+    output, rates = strategy(quantizer, z, clean, progress=0.0, rng=rng())
     selected = rng().uniform("perturb/image") < 0.5
     assert 0 < selected.sum() < 6, "the seed must select some images and not all"
-    assert share.item() == selected.float().mean().item()
+    assert rates["images"].item() == selected.float().mean().item()
     changed = output.tokens != clean.tokens
     assert not changed[~selected].any()
     assert changed[selected].flatten(1).any(1).all()
@@ -80,8 +80,8 @@ def test_off_means_the_same_object_and_no_work(setting, monkeypatch):
     for name in ("neighbors", "decode"):
         monkeypatch.setattr(quantizer, name, lambda *_: pytest.fail("work was done although perturbation is off"))
     untouched = Fixed()  # any draw would be a KeyError
-    output, share = NearestCodePerturbation(*setting)(quantizer, z, clean, progress=0.0, rng=untouched)
-    assert output is clean and share == 0.0
+    output, rates = NearestCodePerturbation(*setting)(quantizer, z, clean, progress=0.0, rng=untouched)
+    assert output is clean and not any(rates.values())
 
 
 def test_annealed_to_zero_is_off():
@@ -96,8 +96,8 @@ def test_no_selected_image_leaves_the_output():
     quantizer = build()
     z, clean = batch(quantizer)
     draws = Fixed(image=torch.full((6,), 0.9), site=torch.zeros(6, 1, 12), rank=torch.zeros(6, 1, 12))
-    output, share = NearestCodePerturbation(1.0, 0.5, 5)(quantizer, z, clean, progress=0.0, rng=draws)
-    assert output is clean and share == 0.0
+    output, rates = NearestCodePerturbation(1.0, 0.5, 5)(quantizer, z, clean, progress=0.0, rng=draws)
+    assert output is clean and not any(rates.values())
 
 
 def test_only_selected_images_are_searched(monkeypatch):
@@ -111,9 +111,9 @@ def test_only_selected_images_are_searched(monkeypatch):
         site=torch.zeros(6, 1, 12),
         rank=torch.full((6, 1, 12), 0.5),
     )
-    output, share = NearestCodePerturbation(1.0, 0.5, 5)(quantizer, z, clean, progress=0.0, rng=draws)
+    output, rates = NearestCodePerturbation(1.0, 0.5, 5)(quantizer, z, clean, progress=0.0, rng=draws)
     assert searched == [2]
-    assert share.item() == pytest.approx(2 / 6)
+    assert rates["images"].item() == pytest.approx(2 / 6)
     # every site re-drawn at rank floor(0.5 * 5) = 2
     assert torch.equal(output.tokens[1], original(z[1:2].detach(), 5)[0, ..., 2])
 
@@ -174,9 +174,9 @@ def test_shares_of_images_and_tokens():
     quantizer = build()
     alpha, beta, delta, size = 0.8, 0.3, 4, 2000
     z, clean = batch(quantizer, size)
-    output, share = NearestCodePerturbation(alpha, beta, delta)(quantizer, z, clean, progress=0.0, rng=rng(size))
-    assert share.item() == pytest.approx(beta, abs=4 * math.sqrt(beta * (1 - beta) / size))
-    changed = (output.tokens != clean.tokens).float().mean().item() / share.item()
+    output, rates = NearestCodePerturbation(alpha, beta, delta)(quantizer, z, clean, progress=0.0, rng=rng(size))
+    assert rates["images"].item() == pytest.approx(beta, abs=4 * math.sqrt(beta * (1 - beta) / size))
+    changed = (output.tokens != clean.tokens).float().mean().item() / rates["images"].item()
     assert changed == pytest.approx(alpha * (1 - 1 / delta), abs=0.03)
 
 
@@ -204,16 +204,16 @@ def test_annealing_reaches_the_draws():
     quantizer = build()
     z, clean = batch(quantizer, 50)
     strategy = NearestCodePerturbation(0.8, 1.0, 12, LinearAnneal(0.0, 1.0, 0.25))
-    assert strategy.strength(0.0) == (0.8, 12)
-    assert strategy.strength(0.5) == (pytest.approx(0.5), 7)
-    assert strategy.strength(1.0) == (pytest.approx(0.2), 3)
+    assert strategy.strength(0.0) == {"alpha": 0.8, "beta": 1.0, "delta": 12}
+    assert strategy.strength(0.5) == pytest.approx({"alpha": 0.5, "beta": 1.0, "delta": 7})
+    assert strategy.strength(1.0) == pytest.approx({"alpha": 0.2, "beta": 1.0, "delta": 3})
     late, _ = strategy(quantizer, z, clean, progress=1.0, rng=rng(50))
     fixed, _ = NearestCodePerturbation(0.2, 1.0, 3)(quantizer, z, clean, progress=0.0, rng=rng(50))
     assert torch.equal(late.tokens, fixed.tokens)
     own = NearestCodePerturbation(
         0.8, 1.0, 12, LinearAnneal(0.0, 1.0, 0.25), delta_schedule=LinearAnneal(0.0, 1.0, 1.0)
     )
-    assert own.strength(1.0) == (pytest.approx(0.2), 12)
+    assert own.strength(1.0) == pytest.approx({"alpha": 0.2, "beta": 1.0, "delta": 12})
 
 
 @pytest.mark.parametrize(
@@ -301,9 +301,9 @@ def test_published_perturbation(case):
             rank=(rank + 0.5) / delta,
         )
         strategy = NearestCodePerturbation(alpha, 1.0, delta)
-        output, share = strategy(quantizer, z, clean, progress=0.0, rng=draws)
+        output, rates = strategy(quantizer, z, clean, progress=0.0, rng=draws)
         off = alpha == 0 or delta == 1
-        assert float(share) == (0.0 if off else pytest.approx(first.float().mean().item()))
+        assert float(rates["images"]) == (0.0 if off else pytest.approx(first.float().mean().item()))
         if off and (site <= alpha).any() and delta > 1:
             # a draw of exactly 0 is perturbed by the public code even for alpha = 0
             perturbed = straight_through(quantizer, clean.latent, tokens)

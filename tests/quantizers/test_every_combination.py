@@ -11,7 +11,7 @@ from forked import run_forked
 from golden_cases import assert_close
 from quantizer_cases import CODEBOOKS, COMBINATIONS, GRID, STRUCTURES, build
 from tessera.errors import ConfigError
-from tessera.perturbation import NearestCodePerturbation
+from tessera.perturbation import GaussianPerturbation, NearestCodePerturbation, RandomCodePerturbation
 from tessera.quantizers.multiscale import rows_of
 from tessera.rng import IndexedRng
 
@@ -126,9 +126,9 @@ def test_perturbation(codebook, structure, branches, loop, neighbors_of):
     strategy = NearestCodePerturbation(0.7, 0.5, 4, neighbors_of=neighbors_of, loop=loop)
     strategy.check(quantizer)
     rng = IndexedRng(1, torch.arange(6))
-    output, share = strategy(quantizer, z, clean, progress=0.0, rng=rng)
+    output, rates = strategy(quantizer, z, clean, progress=0.0, rng=rng)
     selected = rng.uniform("perturb/image") < 0.5
-    assert 0 < selected.sum() < 6 and share.item() == selected.float().mean().item()
+    assert 0 < selected.sum() < 6 and rates["images"].item() == selected.float().mean().item()
     changed = output.tokens != clean.tokens
     assert not changed[~selected].any() and changed[selected].flatten(1).any(1).all()
     assert torch.equal(output.z_q[~selected], clean.z_q[~selected])
@@ -145,6 +145,39 @@ def test_perturbation(codebook, structure, branches, loop, neighbors_of):
         assert not (changed & ~hit).any()
         neighbors = quantizer.neighbors(z.detach() if neighbors_of == "latent" else clean.tokens, 4)
         assert (output.tokens[..., None] == neighbors).any(-1)[changed].all()
+
+
+OTHERS = {
+    "random": RandomCodePerturbation(0.7, 0.5),
+    "random, closed": RandomCodePerturbation(0.7, 0.5, loop="closed", joint=True),
+    "noise": GaussianPerturbation(0.7, 0.5, std=0.3),
+    "matched noise": GaussianPerturbation(0.7, 0.5, matched_delta=4),
+}
+
+
+@every_combination
+def test_other_perturbations(codebook, structure, branches):
+    quantizer = build(codebook, structure, branches).eval()
+    z = latent(quantizer, 6).requires_grad_()
+    clean, rng = quantizer(z), IndexedRng(1, torch.arange(6))
+    selected = rng.uniform("perturb/image") < 0.5
+    for name, strategy in OTHERS.items():
+        strategy.check(quantizer)
+        output, rates = strategy(quantizer, z, clean, progress=0.0, rng=rng)
+        changed = output.z_q != clean.z_q
+        assert changed[selected].flatten(1).any(1).all() and not changed[~selected].any(), name
+        assert output.losses is clean.losses and rates["displacement"] > 0, name
+        assert rates["images"].item() == selected.float().mean().item(), name
+        (grad,) = torch.autograd.grad(output.z_q.square().sum(), z, retain_graph=True)
+        assert (grad[selected] != 0).any() and torch.isfinite(grad).all(), name
+        if "noise" in name:
+            assert torch.equal(output.tokens, clean.tokens)
+        else:
+            assert output.tokens.max() < quantizer.codebook_size
+            assert_close(output.z_q[selected], quantizer.decode(output.tokens)[selected], atol=1e-6)
+        if name == "random":
+            hit = (rng.uniform("perturb/site", *clean.tokens.shape[1:]) < 0.7) & selected[:, None, None]
+            assert not (output.tokens != clean.tokens)[~hit].any()
 
 
 @every_combination

@@ -92,7 +92,7 @@ def test_whatever_needs_tokens_is_refused():
         model.detokenize(torch.zeros(1, 1, 0, dtype=torch.int64))
     with pytest.raises(ConfigError, match="neighbours of codes"):
         model.quantizer.neighbors(model.encode(images), 1)
-    with pytest.raises(ConfigError, match="counting codes"):
+    with pytest.raises(ConfigError, match="has none; choose perturbation=gaussian"):
         NearestCodePerturbation(alpha=0.5, beta=0.5, delta=2).check(model.quantizer)
     with pytest.raises(ConfigError, match="counting codes"):
         CodebookReport().begin(None, SimpleNamespace(tokenizer=model, device="cpu"))

@@ -28,7 +28,9 @@ KEYS = {
     "tokenizer": losses("train", PIXELS | GAN | CODES)
     | losses("val", PIXELS | CODES)
     | GAN_KEYS
-    | {"train/lr/tokenizer", "train/perturbed_share"},
+    | {"train/lr/tokenizer"}
+    | {f"train/perturbation/{name}" for name in ("alpha", "beta", "delta", "images", "displacement")}
+    | {f"train/perturbation/tokens_{name}" for name in ("redrawn", "changed")},
     "generator": {
         f"{split}/{name}{part}"
         for split in ("train", "val")

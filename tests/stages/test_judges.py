@@ -93,17 +93,17 @@ def output_of(z_q, clean=None, depths=None):
 
 def test_guidance_sees_the_latent_it_is_told_to_and_leaves_out_dropped_depths():
     images, z_q, clean = torch.randn(6, 3, 16, 16), torch.randn(6, 8, 4, 4), torch.randn(6, 8, 4, 4)
-    paths = {source: Alignment(teacher(), source=source) for source in ("clean", "perturbed")}
-    stage = tokenizer_stage(tokenizer=tokenizer(branches=2), alignment=paths)
-    losses = guidance(stage, output_of(z_q, clean), images)
-    assert set(losses) == {"clean", "perturbed"}
-    for name, latent in (("clean", clean), ("perturbed", z_q)):
-        torch.testing.assert_close(losses[name], paths[name](images, latent, stage.tokenizer, 0.0))
-    # a single grid: depth 1 is complete
-    depths = torch.tensor([1, 1, 0, 1, 0, 1])
-    some = guidance(stage, output_of(z_q, clean, depths), images)["clean"]
+    depths = torch.tensor([1, 1, 0, 1, 0, 1])  # a single grid: depth 1 is complete
     kept = depths == 1
-    torch.testing.assert_close(some, paths["clean"](images[kept], clean[kept], stage.tokenizer, 0.0))
+    for semantic_on, latent in (("clean", clean), ("perturbed", z_q)):
+        align = Alignment(teacher())
+        choice = {"alignment": {"semantic": align}, "semantic_on": semantic_on}
+        stage = tokenizer_stage(tokenizer=tokenizer(branches=2), **choice)
+        losses = guidance(stage, output_of(z_q, clean), images)
+        assert set(losses) == {"semantic"}
+        torch.testing.assert_close(losses["semantic"], align(images, latent, stage.tokenizer, 0.0))
+        some = guidance(stage, output_of(z_q, clean, depths), images)["semantic"]
+        torch.testing.assert_close(some, align(images[kept], latent[kept], stage.tokenizer, 0.0))
 
 
 def test_the_scale_rises_with_training():

@@ -131,7 +131,6 @@ def semantic_loss(file: Golden, sizes: dict, tokenizer: Tokenizer, z_q: Tensor, 
         normalize=options["clip_norm"],
         scale=options["sem_loss_scale"],
         end_scale=100.0 if options["clip_norm"] else None,
-        source="perturbed",
     )
     align.bind(tokenizer)
     progress = min(file.config["epoch"] / EPOCHS, 1.0)
@@ -163,7 +162,7 @@ def test_xqgan(case):
 
     def perturb(quantizer, z, out):
         seen.append(out)
-        return (out, 0.0) if noise is None else noise.strategy(quantizer, z, out, 0.0, noise)
+        return (out, {}) if noise is None else noise.strategy(quantizer, z, out, 0.0, noise)
 
     output = tokenizer(images, perturb)
     assert_close(output.reconstruction, expected["recon"], atol=2e-5)
@@ -236,11 +235,10 @@ def test_robustok(case):
         "loss.rec": F.mse_loss(output.reconstruction, images),
     }
     taught = teacher(below(weights, "semantic_model."), options["image_size"], options["patch_size"], **sizes)
-    for source in ("clean", "perturbed"):
-        align = Alignment(taught, source=source)
+    for semantic_on, latent in (("clean", output.z_q_clean), ("perturbed", output.z_q)):
+        align = Alignment(taught)
         align.bind(tokenizer)
-        latent = output.z_q_clean if source == "clean" else output.z_q
-        ours[f"loss.sem_on_{source}"] = 0.1 * align(images, latent, tokenizer, 0.0)
+        ours[f"loss.sem_on_{semantic_on}"] = 0.1 * align(images, latent, tokenizer, 0.0)
     for name, value in ours.items():
         assert_close(value.detach(), expected[name], atol=2e-5)
     ours["loss.rec"].backward()

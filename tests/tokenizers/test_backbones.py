@@ -123,7 +123,7 @@ def check_training(tokenizer: Tokenizer, loop: str = "open") -> None:
     """Perturbed training pass: the decoder's gradient reaches the encoder, and every weight has one."""
     tokenizer.zero_grad()
     output = perturbed(tokenizer, torch.arange(2), loop)
-    assert output.perturbed_share == 1.0 and not torch.equal(output.z_q, output.z_q_clean)
+    assert output.perturbation["images"] == 1.0 and not torch.equal(output.z_q, output.z_q_clean)
     reconstruction = output.reconstruction.square().mean()
     # apart from the quantizer's losses, which could hide a decoder whose gradient stops at the codes
     (first,) = torch.autograd.grad(reconstruction, next(tokenizer.encoder.parameters()), retain_graph=True)
@@ -166,7 +166,7 @@ def steps_of_a_share(rank: int, world: int, backbone: str) -> dict[str, dict[str
         losses["reconstruction"] = output.reconstruction.square().mean()
         sum(losses.values()).backward()
         gradients = {name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}
-        values = {**losses, **gradients, "perturbed": torch.as_tensor(output.perturbed_share)}
+        values = {**losses, **gradients, "perturbed": output.perturbation["tokens_changed"]}
         found[f"{codebook}/{form}"] = {name: all_reduce_mean(value).tolist() for name, value in values.items()}
     return found
 

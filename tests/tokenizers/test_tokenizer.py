@@ -55,7 +55,7 @@ def test_round_trip(branches, training):
     assert_close(output.reconstruction.clamp(-1, 1), decoded)
     assert output.z.shape == output.z_q.shape == (3, 8, 4, 4)
     assert set(output.losses) == {"codebook", "commitment"}
-    assert output.perturbed_share == 0.0
+    assert output.perturbation == {}
 
 
 def test_detokenize_clamps_and_forward_does_not():
@@ -94,7 +94,7 @@ def test_perturbation_changes_what_is_decoded_and_nothing_else():
         seen.update(quantizer=quantizer, z=z, output=output)
         other = copy.copy(output)
         other.z_q, other.tokens = -output.z_q, output.tokens * 0
-        return other, 0.25
+        return other, {"images": 0.25}
 
     output = tokenizer(images, perturb)
     assert seen["quantizer"] is tokenizer.quantizer
@@ -102,7 +102,7 @@ def test_perturbation_changes_what_is_decoded_and_nothing_else():
     assert torch.equal(output.tokens, clean.tokens)
     assert torch.equal(output.z_q, -clean.z_q)
     assert_close(output.reconstruction, tokenizer.decode(-clean.z_q))
-    assert output.perturbed_share == 0.25
+    assert output.perturbation == {"images": 0.25}
     for name, value in clean.losses.items():
         assert torch.equal(output.losses[name], value)
 

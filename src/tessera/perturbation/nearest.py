@@ -1,22 +1,20 @@
 """Latent perturbation by nearest codes (RobusTok): the decoder learns to bear a generator's mistakes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
-import torch
-from torch import Tensor
+from torch import Tensor, where
 
 from tessera.errors import ConfigError
+from tessera.perturbation.base import Schedule
+from tessera.perturbation.code_neighbors import CodeNeighbors
+from tessera.perturbation.codes import CodePerturbation, Loop
 from tessera.perturbation.schedule import annealed_count
-from tessera.quantizers.output import QuantizerOutput
 from tessera.quantizers.product import ProductQuantizer
 from tessera.quantizers.structure import ScaleTokens
-from tessera.rng import SampleRng, as_sample_rng, integers
+from tessera.rng import SampleRng, integers
 
 NeighborsOf = Literal["latent", "code"]
-Loop = Literal["open", "closed"]
-Schedule = Callable[[float], float]
 
 
 def perturb_tokens(
@@ -38,8 +36,12 @@ def perturb_tokens(
     Returns:
         (B, P, L) int64.
     """
-    drawn = neighbors.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
-    return torch.where(site_uniform < alpha, drawn, tokens)
+    return where(site_uniform < alpha, ranked(neighbors, rank), tokens)
+
+
+def ranked(neighbors: Tensor, rank: Tensor) -> Tensor:
+    """(...) int64: of neighbours (..., k) the one of rank (...)."""
+    return neighbors.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
 
 
 def ranks(rank_uniform: Tensor, delta: int) -> Tensor:
@@ -47,31 +49,22 @@ def ranks(rank_uniform: Tensor, delta: int) -> Tensor:
     return integers(rank_uniform, delta)
 
 
-def straight_through(
-    quantizer: ProductQuantizer, latent: Tensor, tokens: Tensor, depths: Tensor | None = None
-) -> Tensor:
-    """Quantised latent of `tokens` whose gradient goes to `latent` as identity.
+def check_neighbors_of(key: str, value: str) -> None:
+    """Refuse an unknown neighbour rule.
 
-    z_q = latent + sg(decode(tokens) - latent)
-
-    Args:
-        latent: (B, C, h, w) float, `QuantizerOutput.latent`.
-        tokens: (B, P, L) int64.
-        depths: (B,) int64, scales that quantizer dropout left; None: all.
-
-    Returns:
-        (B, C, h, w) float; no gradient reaches the codebook.
+    Raises:
+        ConfigError: it is; `key` says which setting.
     """
-    return latent + (quantizer.decode(tokens, depths).detach() - latent).detach()
+    if value not in get_args(NeighborsOf):
+        raise ConfigError(f"{key}={value!r} is unknown; choose latent or code")
 
 
-class NearestCodePerturbation:
+class NearestCodePerturbation(CodePerturbation):
     """Re-draws a share alpha of the tokens of a share beta of the images among their delta nearest codes.
 
-    A re-drawn token may keep its value (rank 0), so alpha * (1 - 1/delta) of an image's tokens really change.
-    Images are drawn independently with probability beta; the public code takes the first floor(beta * local
-    batch), which is none for small batches. Only the selected images' neighbours are searched. With alpha,
-    beta or the annealed strength 0, or delta 1, nothing is computed at all.
+    A re-drawn token may keep its value (rank 0), so alpha * (1 - 1/delta) of an image's tokens really change. Only the
+    selected images' neighbours are searched. With alpha, beta or the annealed strength 0, or delta 1, nothing is
+    computed at all.
 
     Args:
         alpha: share of tokens re-drawn in a selected image, in [0, 1].
@@ -80,13 +73,10 @@ class NearestCodePerturbation:
         schedule: progress -> ratio multiplying alpha and delta (delta rounded down, at least 1); None:
             constant.
         neighbors_of: "latent" (codes nearest to the latent, as in the public code) or "code" (nearest to the
-            assigned code, the paper's eq. 4).
+            assigned code, the paper's eq. 4; see `CodeNeighbors`).
         delta_schedule: replaces `schedule` for delta; None: the same.
-        loop: of structures with several scales. "open": all scales are encoded first, then tokens replaced, so that
-            errors stay, as those of a generator do; "closed": after each scale, so that later scales encode what the
-            wrong sum leaves and can repair it. The same for a single grid.
-        scale_weights: one factor in [0, 1] per scale, by which alpha is multiplied: a wrong coarse code spoils more of
-            an image than a fine one. None: 1 for all.
+        loop, scale_weights, joint: see `CodePerturbation`.
+        beta_schedule: progress -> ratio multiplying beta; None: constant, as published.
 
     Raises:
         ConfigError: a value out of range, or an unknown neighbors_of or loop.
@@ -105,36 +95,26 @@ class NearestCodePerturbation:
         delta_schedule: Schedule | None = None,
         loop: Loop = "open",
         scale_weights: Sequence[float] | None = None,
+        joint: bool = False,
+        beta_schedule: Schedule | None = None,
     ):
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"perturbation.{name}={value} is outside [0, 1]; it is a share")
+        super().__init__(alpha, beta, schedule, beta_schedule, loop, scale_weights, joint)
         if int(delta) != delta or delta < 1:
             raise ConfigError(
                 f"perturbation.delta={delta} must be a whole number of at least 1 (1: perturbation is off)"
             )
-        if neighbors_of not in ("latent", "code"):
-            raise ConfigError(f"perturbation.neighbors_of={neighbors_of!r} is unknown; choose latent or code")
-        if loop not in ("open", "closed"):
-            raise ConfigError(f"perturbation.loop={loop!r} is unknown; choose open or closed")
-        if scale_weights is not None and not all(0.0 <= weight <= 1.0 for weight in scale_weights):
-            raise ConfigError(f"perturbation.scale_weights={list(scale_weights)} must be factors in [0, 1]")
-        self.loop, self.scale_weights = loop, None if scale_weights is None else [float(w) for w in scale_weights]
-        self.alpha, self.beta, self.delta = float(alpha), float(beta), int(delta)
-        self.schedule, self.delta_schedule = schedule, delta_schedule or schedule
-        self.neighbors_of = neighbors_of
+        check_neighbors_of("perturbation.neighbors_of", neighbors_of)
+        self.delta, self.neighbors_of = int(delta), neighbors_of
+        self.delta_schedule = delta_schedule or schedule
+        self.code_neighbors = CodeNeighbors(self.delta)
 
     def check(self, quantizer: ProductQuantizer) -> None:
-        """Refuse a codebook smaller than delta, or other scales; call before training starts.
+        """Refuse also a codebook smaller than delta.
 
         Raises:
-            ConfigError: delta exceeds the codebook size; scale_weights are not one per scale.
+            ConfigError: delta exceeds the codebook size; see `CodePerturbation.check`.
         """
-        if self.scale_weights is not None and len(self.scale_weights) != len(quantizer.grids):
-            raise ConfigError(
-                f"perturbation.scale_weights has {len(self.scale_weights)} factors, but the quantizer has "
-                f"{len(quantizer.grids)} scales (quantizer.branch.grids); give one per scale"
-            )
+        super().check(quantizer)
         if self.delta > quantizer.codebook_size:
             raise ConfigError(
                 f"perturbation.delta={self.delta} exceeds the {quantizer.codebook_size} codes of the "
@@ -142,102 +122,29 @@ class NearestCodePerturbation:
                 "quantizer.branch.codebook.codebook_size"
             )
 
-    def strength(self, progress: float) -> tuple[float, int]:
-        """(alpha, delta) at `progress` in [0, 1] of training."""
-        alpha = self.alpha if self.schedule is None else self.alpha * self.schedule(progress)
-        if self.delta_schedule is None:
-            return alpha, self.delta
-        return alpha, annealed_count(self.delta_schedule(progress), self.delta)
+    def strength(self, progress: float) -> dict[str, float]:
+        """ "alpha", "beta" and "delta" at `progress` in [0, 1] of training."""
+        ratio = 1.0 if self.delta_schedule is None else self.delta_schedule(progress)
+        return {**super().strength(progress), "delta": annealed_count(ratio, self.delta)}
 
-    @torch.no_grad()
-    def replace_tokens(
-        self,
-        quantizer: ProductQuantizer,
-        z: Tensor,
-        tokens: Tensor,
-        site: Tensor,
-        rank: Tensor,
-        alpha: float,
-        delta: int,
+    def is_off(self, strength: dict[str, float]) -> bool:
+        """Whether nothing can change: also among one nearest code."""
+        return super().is_off(strength) or strength["delta"] == 1
+
+    def draw_choice(
+        self, draws: SampleRng, quantizer: ProductQuantizer, tokens: Tensor, strength: dict[str, float]
     ) -> Tensor:
-        """`perturb_tokens` with the neighbours this strategy takes.
+        """Ranks in [0, delta)."""
+        return ranks(draws.uniform("perturb/rank", *tokens.shape[1:]), strength["delta"])
 
-        Args:
-            z: (B, C, h, w) latent before quantisation; read for neighbors_of="latent" and in a closed loop.
-            tokens: (B, P, L) int64 clean tokens.
-            site: (B, P, L) uniform draws that select sites.
-            rank: (B, P, L) int64 in [0, delta).
+    def codes(
+        self, quantizer: ProductQuantizer, z: Tensor, tokens: Tensor, choice: Tensor, strength: dict[str, float]
+    ) -> Tensor:
+        if self.neighbors_of == "code":
+            return self.code_neighbors.pick_all(quantizer, tokens, choice, strength["delta"])
+        return ranked(quantizer.neighbors(z, strength["delta"]), choice)
 
-        Returns:
-            (B, P, L) int64.
-        """
-        share = self._shares(quantizer, alpha, site.device)
-        if self.loop == "closed" and len(quantizer.grids) > 1:
-
-            def edit(branch: int, scale: ScaleTokens) -> Tensor:
-                nearest, at = scale.neighbors(self.neighbors_of, delta), scale.sites
-                own = share[at] if isinstance(share, Tensor) else share
-                return perturb_tokens(scale.tokens, nearest, site[:, branch, at], rank[:, branch, at], own)
-
-            return quantizer.encode(z, edit)
-        neighbors = quantizer.neighbors(z if self.neighbors_of == "latent" else tokens, delta)
-        return perturb_tokens(tokens, neighbors, site, rank, share)
-
-    def _shares(self, quantizer: ProductQuantizer, alpha: float, device: torch.device) -> float | Tensor:
-        """The share of re-drawn tokens, by site (L,) where scales differ."""
-        if self.scale_weights is None:
-            return alpha
-        sizes = [height * width for height, width in quantizer.grids]
-        pieces = zip(self.scale_weights, sizes, strict=True)
-        return torch.cat([torch.full((size,), alpha * weight, device=device) for weight, size in pieces])
-
-    def __call__(
-        self,
-        quantizer: ProductQuantizer,
-        z: Tensor,
-        output: QuantizerOutput,
-        progress: float,
-        rng: SampleRng | torch.Generator | None = None,
-    ) -> tuple[QuantizerOutput, Tensor | float]:
-        """Perturb a batch.
-
-        Args:
-            quantizer: made `output` from `z`.
-            z: (B, C, h, w) float, latent before quantisation.
-            output: clean quantizer output; not modified.
-            progress: in [0, 1], share of training done.
-            rng: draws by sample; streams "perturb/image", "perturb/site", "perturb/rank".
-
-        Returns:
-            The output with z_q and tokens replaced in the selected images (losses are the clean ones), and
-            the realised share of images selected. `output` itself where perturbation is off.
-
-        Raises:
-            ConfigError: delta exceeds the codebook size.
-        """
-        self.check(quantizer)
-        alpha, delta = self.strength(progress)
-        if alpha == 0.0 or self.beta == 0.0 or delta == 1:
-            return output, 0.0
-        tokens = output.tokens
-        draws = as_sample_rng(rng, tokens.shape[0], tokens.device)
-        # all streams are drawn for the whole batch, so that a plain generator's state doesn't depend on the
-        # selection
-        selected = draws.uniform("perturb/image") < self.beta
-        site = draws.uniform("perturb/site", *tokens.shape[1:])
-        rank = ranks(draws.uniform("perturb/rank", *tokens.shape[1:]), delta)
-        images = selected.nonzero().squeeze(1)
-        share = selected.float().mean()
-        if not len(images):
-            return output, share
-        replaced = self.replace_tokens(quantizer, z[images], tokens[images], site[images], rank[images], alpha, delta)
-        depths = None if output.depths is None else output.depths[images]
-        z_q = straight_through(quantizer, output.latent[images], replaced, depths)
-        return (
-            replace(
-                output,
-                z_q=output.z_q.index_copy(0, images, z_q.to(output.z_q.dtype)),
-                tokens=tokens.index_copy(0, images, replaced),
-            ),
-            share,
-        )
+    def scale_codes(self, scale: ScaleTokens, choice: Tensor, strength: dict[str, float]) -> Tensor:
+        if self.neighbors_of == "code":
+            return self.code_neighbors.pick(scale.codebook, scale.tokens, choice, strength["delta"])
+        return ranked(scale.neighbors("latent", strength["delta"]), choice)

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from tessera.errors import ConfigError
 from tessera.losses import Alignment, dependency_loss
-from tessera.perturbation import NearestCodePerturbation
+from tessera.perturbation import Perturbation
 from tessera.stages.reconstruction import ReconstructionStage
 from tessera.tokenizers import TokenizerOutput
 
 DEPENDENCIES = ("squared", "signed")
+SEMANTIC_ON = ("clean", "perturbed")
 
 
 class TokenizerTraining(ReconstructionStage):
@@ -22,9 +23,11 @@ class TokenizerTraining(ReconstructionStage):
     images), the quantizer's own of the clean codes, alignment with frozen teachers, and dependency between branches.
 
     Args:
-        perturbation: RobusTok's latent perturbation; None: off.
+        perturbation: of the latents that are decoded; None: off.
         alignment: by name, guidance of branches by frozen teachers; the name is that of its loss, and of its weight in
             `loss_weights` (0.1 by default). Images whose latent lacks scales are left out. None: off.
+        semantic_on: latent that is aligned: "clean", before a perturbation, as RobusTok's paper says; or "perturbed",
+            as its code does.
         dependency: similarity of branches that the loss `dependency` measures, "squared" or "signed" cosine; its
             weight is 0 by default, which switches it off.
         discriminator_start: fraction of training from which the discriminator takes part; nothing of it runs before.
@@ -56,8 +59,9 @@ class TokenizerTraining(ReconstructionStage):
     def __init__(
         self,
         *,
-        perturbation: NearestCodePerturbation | None = None,
+        perturbation: Perturbation | None = None,
         alignment: Mapping[str, Alignment] | None = None,
+        semantic_on: str = "clean",
         dependency: str = "squared",
         discriminator_start: float = 0.0,
         discriminator_start_steps: int | None = None,
@@ -80,6 +84,8 @@ class TokenizerTraining(ReconstructionStage):
             raise ConfigError(f"stage.discriminator_start_steps={discriminator_start_steps} must not be negative")
         if dependency not in DEPENDENCIES:
             raise ConfigError(f"stage.dependency={dependency!r} is unknown; choose one of {', '.join(DEPENDENCIES)}")
+        if semantic_on not in SEMANTIC_ON:
+            raise ConfigError(f"stage.semantic_on={semantic_on!r} is unknown; choose one of {', '.join(SEMANTIC_ON)}")
         quantizer = self.tokenizer.quantizer
         if self.weights["dependency"] and quantizer.num_branches < 2:
             raise ConfigError(
@@ -90,7 +96,7 @@ class TokenizerTraining(ReconstructionStage):
             perturbation.check(quantizer)
         for part in alignment.values():
             part.bind(self.tokenizer)
-        self.alignment = nn.ModuleDict(alignment)
+        self.alignment, self.semantic_on = nn.ModuleDict(alignment), semantic_on
         self.perturbation, self.squared_dependency = perturbation, dependency == "squared"
         self.discriminator_start, self.discriminator_start_steps = discriminator_start, discriminator_start_steps
         self.discriminator_first = discriminator_first
@@ -125,9 +131,9 @@ class TokenizerTraining(ReconstructionStage):
         """Unweighted losses of alignment and dependency, by name."""
         quantizer = self.tokenizer.quantizer
         keep = None if output.depths is None else output.depths == len(quantizer.grids)
-        latents = {"clean": output.z_q_clean, "perturbed": output.z_q}
+        latent = output.z_q_clean if self.semantic_on == "clean" else output.z_q
         losses = {
-            name: part(images, latents[part.source], self.tokenizer, self.progress, keep)
+            name: part(images, latent, self.tokenizer, self.progress, keep)
             for name, part in self.alignment.items()
         }
         if self.weights["dependency"]:
@@ -146,7 +152,10 @@ class TokenizerTraining(ReconstructionStage):
         output = self.tokenizer(images, perturb, rng)
         adversarial = self.discriminator is not None and self.trainer.global_step >= self.first_discriminator_step
         step = self.open_window()
-        self.log("train/perturbed_share", output.perturbed_share)
+        if self.perturbation is not None:
+            # rates stay on the device until the logger asks for them
+            values = {**self.perturbation.strength(self.progress), **output.perturbation}
+            self.log_dict({f"train/perturbation/{name}": value for name, value in values.items()})
         self.log_rates(["tokenizer", "discriminator"])
         others = {**output.losses, **self.guidance(images, output)}
         if adversarial and self.discriminator_first:

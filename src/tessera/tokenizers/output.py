@@ -18,7 +18,7 @@ class TokenizerOutput:
         losses: unweighted quantizer losses, always from the clean codes.
         z_q_clean: (B, C, h, w) float; quantised latent before a perturbation.
         depths: (B,) int64; scales that were decoded of each image, where quantizer dropout acted; else None.
-        perturbed_share: scalar float; realised share of images that were perturbed (0 without perturbation).
+        perturbation: realised rates of a perturbation, scalars by name; empty without one.
     """
 
     reconstruction: Tensor
@@ -26,6 +26,6 @@ class TokenizerOutput:
     z_q: Tensor
     tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
-    perturbed_share: Tensor | float = 0.0
+    perturbation: dict[str, Tensor | float] = field(default_factory=dict)
     depths: Tensor | None = None
     z_q_clean: Tensor | None = None

@@ -13,7 +13,7 @@ from tessera.quantizers.product import ProductQuantizer
 from tessera.rng import SampleRng
 from tessera.tokenizers.output import TokenizerOutput
 
-Perturb = Callable[[ProductQuantizer, Tensor, QuantizerOutput], tuple[QuantizerOutput, Tensor | float]]
+Perturb = Callable[[ProductQuantizer, Tensor, QuantizerOutput], tuple[QuantizerOutput, dict[str, Tensor | float]]]
 
 
 def _projection(in_channels: int, out_channels: int, kernel: int | None, side: str) -> nn.Module:
@@ -139,8 +139,8 @@ class Tokenizer(nn.Module):
 
         Args:
             images: (B, 3, H, W) float in [-1, 1].
-            perturb: optional; (quantizer, z, quantizer output) -> (quantizer output to decode, share of
-                images hit).
+            perturb: optional; (quantizer, z, quantizer output) -> (quantizer output to decode, realised
+                rates).
             rng: draws of the quantizer's dropout, by sample.
 
         Returns:
@@ -149,14 +149,14 @@ class Tokenizer(nn.Module):
         """
         z = self.encode(images)
         clean = self.quantizer(z, rng)
-        decoded, share = (clean, 0.0) if perturb is None else perturb(self.quantizer, z, clean)
+        decoded, rates = (clean, {}) if perturb is None else perturb(self.quantizer, z, clean)
         return TokenizerOutput(
             reconstruction=self.decode(decoded.z_q),
             z=z,
             z_q=decoded.z_q,
             tokens=clean.tokens,
             losses=clean.losses,
-            perturbed_share=share,
+            perturbation=rates,
             depths=clean.depths,
             z_q_clean=clean.z_q,
         )
