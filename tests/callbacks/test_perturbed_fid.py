@@ -7,10 +7,11 @@ from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
 from quantizer_cases import CODEBOOKS, STRUCTURES
 from tessera.callbacks import PerturbedFID, ReconstructionFID
-from tessera.callbacks.perturbed_fid import ALPHAS, scaled_deltas, site_draws
 from tessera.errors import ConfigError
 from tessera.metrics.fid import FrechetDistance
-from tessera.quantizers import ProductQuantizer
+from tessera.metrics.perturbed_fid import table_text
+from tessera.perturbation.grid import ALPHAS, PerturbationGrid, scaled_deltas, site_draws
+from tessera.quantizers import GaussianBottleneck, ProductQuantizer
 from tessera.tokenizers import Tokenizer
 
 
@@ -100,7 +101,7 @@ def test_realised_share_of_changed_tokens():
 def test_batch_size_does_not_matter_but_the_seed_does():
     values = [run(batch_size=size, deltas=[4]).value for size in (3, 23)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
-    other = run(deltas=[4], seed=1)
+    other = run(deltas=[4], seeds=[1])
     assert abs(other.value - values[0]) > 1e-3 * values[0]
 
 
@@ -137,6 +138,82 @@ def test_other_alphas_are_named():
     assert figure.label == "pFID[tiny]@N=23,K=16,alpha={0.5},delta={4}"
 
 
+def test_several_seeds_give_mean_and_spread():
+    cells = {"alphas": [0.9, 0.5], "deltas": [2, 4]}
+    apart = {seed: run(**cells, seeds=[seed]) for seed in (0, 5, 7)}
+    figure = run(**cells, seeds=[0, 5, 7])
+    values = {seed: one.value for seed, one in apart.items()}
+    assert figure.details["per_seed"] == pytest.approx(values)
+    assert figure.value == pytest.approx(sum(values.values()) / 3)
+    assert figure.details["spread"] == pytest.approx((max(values.values()) - min(values.values())) / 2)
+    for name in ("table", "changed_share"):
+        for cell, value in figure.details[name].items():
+            assert value == pytest.approx(sum(one.details[name][cell] for one in apart.values()) / 3)
+    assert figure.label == "pFID[tiny]@N=23,K=16,alpha={0.9,0.5},delta={2,4},seeds={0,5,7}"
+    assert {one.label for one in apart.values()} == {
+        "pFID[tiny]@N=23,K=16,alpha={0.9,0.5},delta={2,4}",
+        "pFID[tiny]@N=23,K=16,alpha={0.9,0.5},delta={2,4},seeds={5}",
+        "pFID[tiny]@N=23,K=16,alpha={0.9,0.5},delta={2,4},seeds={7}",
+    }
+    assert "per_seed" not in apart[5].details
+
+
+def test_neighbours_of_codes():
+    """Other neighbours than those of latents, named in the label; the control is the same."""
+    figures = {of: run(deltas=[4], neighbors_of=of) for of in ("latent", "code")}
+    assert figures["code"].label == "pFID[tiny]@N=23,K=16,delta={4},neighbors_of=code"
+    assert abs(figures["code"].value - figures["latent"].value) > 1e-3 * figures["latent"].value
+    assert figures["code"].details["control_rfid"] == figures["latent"].details["control_rfid"]
+    tokenizer, images = TinyStage().tokenizer, TinyData().val.images
+    grid = PerturbationGrid([0.7], [4], neighbors_of="code")
+    with torch.no_grad():
+        z = tokenizer.encode(images)
+        _, found = grid.tokens(tokenizer.quantizer, z, torch.arange(23))
+        neighbors = tokenizer.quantizer.neighbors(tokenizer.quantizer.encode(z), 4)
+    site, rank = site_draws(0, torch.arange(23), 1, 16)
+    expected = torch.where(site < 0.7, neighbors.gather(-1, (rank * 4).long()[..., None])[..., 0], neighbors[..., 0])
+    assert torch.equal(found.tokens, expected)
+
+
+def test_a_small_sample_is_always_the_same_and_named():
+    figures = [run(batch_size=size, deltas=[4], num_samples=11) for size in (3, 23)]
+    assert figures[0].value == pytest.approx(figures[1].value, rel=1e-5)
+    assert figures[0].label == "pFID[tiny]@N=11,K=16,delta={4}" and figures[0].protocol.samples == 11
+    assert "samples do not determine a covariance" in figures[0].warnings[0]
+    with pytest.raises(ConfigError, match=r"num_samples=24 must be between 2 and the 23 images"):
+        run(num_samples=24)
+
+
+def test_table_for_the_console():
+    figure = run(deltas=[2, 4], seeds=[0, 1])
+    lines = table_text(figure).splitlines()
+    assert lines[0].split() == ["alpha", "d=2", "d=4", "tokens", "changed"]
+    assert len(lines) == 7
+    for line, alpha in zip(lines[1:], ALPHAS, strict=False):
+        assert line.split()[:3] == [
+            f"{alpha:g}",
+            *(f"{figure.details['table'][f'a={alpha},d={d}']:.4f}" for d in (2, 4)),
+        ]
+    assert lines[-1].startswith(f"mean {figure.value:.4f} +- ") and "2 seeds" in lines[-1]
+    assert lines[-1].endswith(f"(rFID) {figure.details['control_rfid']:.4f}")
+
+
+def test_chosen_branches_are_hit_alone():
+    figures = {}
+    for branches in ([0], [1], None):
+        callback = PerturbedFID(TinyFeatures(), deltas=[4], alphas=[0.8], branches=branches)
+        validate([callback], TinyStage(branches=2))
+        figures[str(branches)] = callback.figures[0]
+    assert figures["[1]"].label == "pFID[tiny]@N=23,K=16,alpha={0.8},delta={4},branches={1}"
+    assert len({figure.value for figure in figures.values()}) == 3
+    shares = {name: figure.details["changed_share"]["a=0.8,d=4"] for name, figure in figures.items()}
+    assert shares["[0]"] + shares["[1]"] == pytest.approx(shares["None"]) and shares["[0]"] == pytest.approx(
+        0.3, abs=0.04
+    )
+    with pytest.raises(ConfigError, match=r"callbacks\.pfid\.branches=\[2\].*0 to 1"):
+        validate([PerturbedFID(TinyFeatures(), branches=[2])], TinyStage(branches=2))
+
+
 def test_branches_are_perturbed_alike():
     callback = PerturbedFID(TinyFeatures(), deltas=[4])
     validate([callback], TinyStage(branches=2))
@@ -169,25 +246,48 @@ def test_every_quantizer_can_be_perturbed(codebook, structure):
 
 
 @pytest.mark.parametrize(
-    "options", [{"alphas": []}, {"alphas": [1.2]}, {"deltas": []}, {"deltas": [0]}, {"deltas": [1.5]}]
+    "options",
+    [
+        {"alphas": []},
+        {"alphas": [1.2]},
+        {"deltas": []},
+        {"deltas": [0]},
+        {"deltas": [1.5]},
+        {"seeds": []},
+        {"seeds": [1, 1]},
+        {"neighbors_of": "codes"},
+        {"num_samples": 1},
+    ],
 )
 def test_bad_settings(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         PerturbedFID(TinyFeatures(), **options)
 
 
-def test_delta_beyond_the_codebook():
+def test_what_does_not_fit_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(TinyStage, "validation_step", lambda *_: pytest.fail("measuring had begun"))
     with pytest.raises(ConfigError, match="codebook size 16"):
         run(deltas=[17])
+    stage = TinyStage()
+    stage.tokenizer.quantizer = GaussianBottleneck(4)
+    with pytest.raises(ConfigError, match=r"pFID replaces codes.*has none; leave it out \(callbacks=continuous\)"):
+        validate([PerturbedFID(TinyFeatures())], stage)
 
 
 def _ranks(rank, world):
-    figure = run(batch_size=4, deltas=[4])
-    return figure.value, figure.details["changed_share"]
+    figures = []
+    for padded, batch_size in ((False, 4), (True, 5), (True, 8)):
+        callback = PerturbedFID(TinyFeatures(), alphas=[0.9, 0.5], deltas=[4], seeds=[0, 1])
+        validate([callback], TinyStage(), TinyData(batch_size=batch_size, padded=padded))
+        figures.append(callback.figures[0])
+    return [(figure.label, figure.value, figure.details["changed_share"]) for figure in figures]
 
 
 def test_two_processes_equal_one():
-    value, shares = _ranks(0, 1)
-    for answer in run_forked(_ranks):
-        assert answer[0] == pytest.approx(value, rel=1e-5)
-        assert answer[1] == pytest.approx(shares)
+    """Also with uneven last batches, and where a sampler repeats samples."""
+    label, value, shares = _ranks(0, 1)[0]
+    for answers in run_forked(_ranks):
+        for answer in answers:
+            assert answer[0] == label
+            assert answer[1] == pytest.approx(value, rel=1e-5)
+            assert answer[2] == pytest.approx(shares)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.callbacks.figure import FigureCallback
-from tessera.callbacks.generation_fid import check_classes
-from tessera.callbacks.perturbed_fid import scaled_deltas, site_draws
 from tessera.data import tile, write_png
 from tessera.errors import ConfigError
+from tessera.metrics.generated import check_classes
 from tessera.metrics.protocol import Figure
+from tessera.perturbation.grid import scaled_deltas, site_draws
 from tessera.perturbation.nearest import perturb_tokens, ranks
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class ImageGrid(FigureCallback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if self.classes is not None and (generator := getattr(pl_module, "generator", None)) is not None:
-            check_classes("image_grid", self.classes, generator.num_classes)
+            check_classes("callbacks.image_grid.classes", self.classes, generator.num_classes)
 
     def begin(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.rows, self.shown = [], 0

@@ -35,7 +35,7 @@ def straight_through(
     return latent + (quantizer.decode(tokens, depths).detach() - latent).detach()
 
 
-def needs_codes(quantizer: ProductQuantizer, what: str) -> None:
+def needs_codes(quantizer: ProductQuantizer, what: str, remedy: str) -> None:
     """Refuse a bottleneck without codes.
 
     Raises:
@@ -43,8 +43,8 @@ def needs_codes(quantizer: ProductQuantizer, what: str) -> None:
     """
     if not isinstance(quantizer, ProductQuantizer):
         raise ConfigError(
-            f"{what} replaces codes, and this tokenizer's bottleneck (quantizer=gaussian) has none; choose "
-            "perturbation=gaussian or perturbation=none, or a quantizer with a codebook, e.g. quantizer=single"
+            f"{what} replaces codes, and this tokenizer's bottleneck (quantizer=gaussian) has none; {remedy}, or a "
+            "quantizer with a codebook, e.g. quantizer=single"
         )
 
 
@@ -94,7 +94,7 @@ class CodePerturbation(Perturbation):
         Raises:
             ConfigError: no codes; scale_weights are not one per scale.
         """
-        needs_codes(quantizer, "this perturbation")
+        needs_codes(quantizer, "this perturbation", "choose perturbation=gaussian or perturbation=none")
         if self.scale_weights is not None and len(self.scale_weights) != len(quantizer.grids):
             raise ConfigError(
                 f"perturbation.scale_weights has {len(self.scale_weights)} factors, but the quantizer has "

@@ -133,8 +133,7 @@ class TokenizerTraining(ReconstructionStage):
         keep = None if output.depths is None else output.depths == len(quantizer.grids)
         latent = output.z_q_clean if self.semantic_on == "clean" else output.z_q
         losses = {
-            name: part(images, latent, self.tokenizer, self.progress, keep)
-            for name, part in self.alignment.items()
+            name: part(images, latent, self.tokenizer, self.progress, keep) for name, part in self.alignment.items()
         }
         if self.weights["dependency"]:
             branches = output.z_q.float().mean((2, 3)).chunk(quantizer.num_branches, dim=1)
