@@ -12,11 +12,12 @@ export MKL_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format docs demo fashion-mnist bench clean
+.PHONY: help setup test lint format docs demo fashion-mnist claims tiny-models bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
+	@echo "  make reproduce-ROW: DRY=1 checks its commands and runs none; CHECKPOINT=1 evaluates its published checkpoint."
 	@echo "  PYTHON=python3.12 selects the interpreter of a new $(VENV); ARGS='...' is passed on to what a target runs."
 
 setup: $(STAMP)  ## build .venv with the pinned requirements and this package
@@ -48,6 +49,22 @@ demo: $(STAMP)  ## train, post-train and measure everything on the embedded digi
 
 fashion-mnist: $(STAMP)  ## the same chain on Fashion-MNIST
 	$(BIN)/python -m tessera.run.demo --dataset fashion_mnist $(ARGS)
+
+claims: $(STAMP)  ## test the papers' claims on Fashion-MNIST and write docs/claims.md (hours on a CPU)
+	$(BIN)/python -m tessera.run.claims.study $(ARGS)
+
+tiny-models: $(STAMP)  ## train and export the models that come with the package (src/tessera/zoo/tiny)
+	$(BIN)/python train.py experiment=digits/tiny_tokenizer
+	$(BIN)/python train.py experiment=digits/tiny_generator tokenizer.path=outputs/digits/tiny_tokenizer/checkpoints/last.ckpt
+	$(BIN)/python eval.py task=export ckpt=outputs/digits/tiny_generator/checkpoints/last.ckpt name=digits/tiny_export \
+	    task.folder=src/tessera/zoo/tiny/digits task.title=digits task.licence=Apache-2.0
+
+reproduce-list: $(STAMP)  ## list the published rows that `make reproduce-ROW` trains and measures
+	$(BIN)/python -m tessera.run.reproduce
+
+# CHECKPOINT=1 evaluates the row's published checkpoint instead of training; DRY=1 checks every command and runs none
+reproduce-%: $(STAMP)
+	@$(BIN)/python -m tessera.run.reproduce $* $(if $(CHECKPOINT),--checkpoint) $(if $(DRY),--dry-run) -- $(ARGS)
 
 bench: $(STAMP)  ## run the benchmarks; each prints a ratio
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -148,7 +148,7 @@ def test_refusals(tmp_path):
     with pytest.raises(MissingFileError, match=r"absent\.bin does not exist; download"):
         maskgit_vqgan(tmp_path / "absent.bin")
     (tmp_path / "damaged.bin").write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match=r"damaged\.bin can't be read"):
+    with pytest.raises(CheckpointError, match=r"damaged\.bin is no weight file"):
         maskgit_vqgan(tmp_path / "damaged.bin")
     torch.save({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "other.bin")
     with pytest.raises(CheckpointError, match="missing"):

@@ -19,8 +19,9 @@ from tessera.backbones.tuning import merge
 from tessera.errors import CheckpointError, ConfigError, MissingFileError, TesseraError
 from tessera.generators.base import Generator
 from tessera.zoo.card import CARD, CONFIG, WEIGHTS, ModelCard, card_text
+from tessera.zoo.files import read_public
 from tessera.zoo.hub import local_folder
-from tessera.zoo.keys import key_problems, load_strictly, read_public
+from tessera.zoo.keys import key_problems, load_strictly
 
 FORMAT = "tessera"
 

@@ -5,14 +5,10 @@ The names of other code bases live here and nowhere else.
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tessera.errors import CheckpointError, MissingFileError
+from tessera.errors import CheckpointError
 
 # (pattern of the whole published key, our key). The first match decides; a key without match keeps its name.
 Rules = Sequence[tuple[str, str]]
@@ -74,29 +70,6 @@ def rename(state: Mapping[str, Tensor], rules: Rules, ignored: Sequence[str] = (
             raise CheckpointError(f"two published keys stand for {ours}; the second is {key}")
         renamed[ours] = value
     return renamed
-
-
-def read_public(path: str | Path, hint: str) -> dict[str, Any]:
-    """A published weight file: safetensors by its suffix, else a torch pickle, of which only plain values are read.
-
-    Args:
-        hint: where to get the file, for the message.
-
-    Raises:
-        MissingFileError: no such file.
-        CheckpointError: not a weight file.
-    """
-    if not Path(path).is_file():
-        raise MissingFileError(f"{path} does not exist; {hint}, or give its path")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} can't be read as weights ({type(error).__name__}: {error})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}, not a dictionary of weights")
-    return found
 
 
 def key_problems(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:

@@ -9,7 +9,8 @@ from torch import Tensor
 from tessera.errors import ConfigError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo.export import build
-from tessera.zoo.keys import Rules, load_strictly, read_public, rename
+from tessera.zoo.files import read_public
+from tessera.zoo.keys import Rules, load_strictly, rename
 from tessera.zoo.nodes import Node, single_grid
 
 # The published network of 256 x 256 images

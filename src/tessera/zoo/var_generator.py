@@ -2,7 +2,7 @@
 and weights, and what of their tokenizer lies in the same file."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from tessera.errors import CheckpointError, ConfigError
 from tessera.generators import VAR
 from tessera.grids import Grid, as_grid
 from tessera.quantizers import ProductQuantizer
+from tessera.tokenizers import Tokenizer
 from tessera.zoo import var, xqgan
 from tessera.zoo.export import build
 from tessera.zoo.keys import XQGAN, XQGAN_IGNORED, load_strictly, rename
@@ -176,6 +177,24 @@ def decoder(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> nn.Modu
     own = {key: value for key, value in state.items() if key.startswith(tuple(f"{name}." for name in parts))}
     load_strictly(parts, own, "the decoder of the published checkpoint")
     return nn.Sequential(*parts.values()).eval()
+
+
+def converter(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    """What builds the model of a file of VAR's or ImageFolder's: a generator, or a tokenizer where there is none."""
+    if str(config.get("cls", "")).endswith("VQModel"):
+        return xqgan.from_public
+    if "depth" not in config:
+        return var.from_public
+    generator, tokenizer = split_checkpoint(checkpoint)
+    return _tokenizer_from_public if tokenizer and not generator else from_public
+
+
+def _tokenizer_from_public(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer whose options lie beside those of a generator."""
+    tokenizer = build(_tokenizer_architecture(config), "the published config")
+    state = _renamed_tokenizer(config, split_checkpoint(checkpoint)[1])
+    load_strictly(tokenizer, state, "the published checkpoint")
+    return tokenizer.eval()
 
 
 def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> VAR:

@@ -13,18 +13,44 @@ from torch import Tensor
 from tessera.errors import CheckpointError, ConfigError
 from tessera.tokenizers import Tokenizer
 from tessera.zoo.export import build
+from tessera.zoo.files import part_of
 from tessera.zoo.keys import XQGAN, XQGAN_BINARY_IGNORED, XQGAN_IGNORED, load_strictly, rename
 from tessera.zoo.nodes import Node
 
 _VQ16 = (1, 1, 2, 2, 4)
 
 
+_PREFIX = "vq_model."  # of a tokenizer beside other modules
+
+
 def public_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The state dict inside a published checkpoint: `ema`, else `model`, else `state_dict`, else itself."""
-    for name in ("ema", "model", "state_dict"):
-        if isinstance(checkpoint.get(name), Mapping):
-            return checkpoint[name]
-    return checkpoint
+    state = part_of(checkpoint, ("ema", "model", "state_dict"))
+    if any(key.startswith(_PREFIX) for key in state):
+        return {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+    return state
+
+
+def public_options(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Published options in one level and as values, from all the ways in which they are written down.
+
+    These are flat; of the model and of small networks apart (`model`, `tiny_backbone`, `tiny_cnn`); in words, e.g.
+    "121 per branch", "<model> at img 256 / patch 16" and "same"; or only the sizes of a ViT and its `grid`.
+    """
+    options = dict(config)
+    for part in ("model", "tiny_cnn", "tiny_backbone"):
+        options |= options.pop(part, None) or {}
+    if "grid" in options:
+        options.setdefault("v_patch_nums", [options["grid"]])
+        options |= {name: options.get(name, "dinov2") for name in ("enc_type", "dec_type")}
+        options.setdefault("abs_pos_embed", "encoder.lvl_embed.weight" in weights)
+    for name in ("encoder_model", "decoder_model"):
+        if name in options:
+            found = str(options[name])
+            options[name] = options["encoder_model"] if found == "same" else found.partition(" ")[0]
+    if isinstance(options.get("num_latent_tokens"), str):
+        options["num_latent_tokens"] = int(options["num_latent_tokens"].partition(" ")[0])
+    return options
 
 
 def _grid(config: Mapping[str, Any]) -> int:
@@ -128,6 +154,8 @@ def _check_magnitudes(config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     unit = bits**-0.5 if config.get("codebook_l2_norm", True) else 1.0
     expected = [unit * config.get("scale", 1.0) ** k for k in range(len(config["v_patch_nums"]))]
     for key, value in weights.items():
+        if value.is_meta:
+            continue
         if re.fullmatch(XQGAN_BINARY_IGNORED[0], key) and not (
             value.numel() == len(expected) and value.allclose(value.new_tensor(expected), rtol=1e-4)
         ):
@@ -189,10 +217,10 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Tok
     """Build a tokenizer and load published weights strictly.
 
     Args:
-        config: published names; read are codebook_size, codebook_embed_dim, codebook_l2_norm, v_patch_nums,
-            product_quant, num_latent_tokens, share_quant_resi (4), quant_resi (0.5), lfq, scale (1), enc_type,
-            dec_type. For a ViT: encoder_model, decoder_model, abs_pos_embed, image_size (256), patch_size (16), and
-            where they differ from the model's name embed_dim, depth, num_heads. For a CNN: z_channels,
+        config: published names (see `public_options`); read are codebook_size, codebook_embed_dim, codebook_l2_norm,
+            v_patch_nums, product_quant, num_latent_tokens, share_quant_resi (4), quant_resi (0.5), lfq, scale (1),
+            enc_type, dec_type. For a ViT: encoder_model, decoder_model, abs_pos_embed, image_size (256), patch_size
+            (16), and where they differ from the model's name embed_dim, depth, num_heads. For a CNN: z_channels,
             encoder_ch_mult, decoder_ch_mult, dropout_p, and the constants of the public classes ch (128), num_groups
             (32), num_res_blocks (2). For adapters: lora.lora_alpha (8), lora.target (a pattern of layers' names; the
             MLPs of all blocks). The other published options concern training and change nothing of a tokenizer.
@@ -206,6 +234,7 @@ def from_public(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Tok
         CheckpointError: weights that do not fit; lists missing, unexpected and mis-shaped keys.
     """
     weights = public_weights(state_dict)
+    config = public_options(config, weights)
     node = architecture(config, weights)
     if not weights:
         raise CheckpointError("the published checkpoint holds no weights under ema, model or state_dict")
