@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from tessera import distributed
 from tessera.backbones.cnn import CNNDecoder, CNNEncoder
@@ -42,7 +42,8 @@ class TinyImages(Dataset):
 
     num_classes, resolution, name, crop_id = NUM_CLASSES, RESOLUTION, "tiny", "centre"
 
-    def __init__(self, count: int, seed: int = 0):
+    def __init__(self, count: int, seed: int = 0, split: str = "train"):
+        self.split = split
         coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         self.images = nn.functional.interpolate(coarse, RESOLUTION, mode="bilinear")
         self.seed = seed
@@ -50,8 +51,16 @@ class TinyImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"image": self.images[i], "label": i % NUM_CLASSES, "index": i}
+    def __getitem__(self, i: int | list[int]) -> dict[str, Any]:
+        if isinstance(i, list):
+            return default_collate([self[one] for one in i])
+        return {"image": self.images[i], "label": self.label(i), "index": i}
+
+    def label(self, i: int) -> int:
+        return i % NUM_CLASSES
+
+    def without_augmentation(self) -> "TinyImages":
+        return self
 
     def fingerprint(self) -> str:
         return f"tiny-{len(self)}-{self.seed}"
@@ -76,7 +85,7 @@ class TinyData(lightning.LightningDataModule):
 
     def __init__(self, val: int = 23, train: int = 40, batch_size: int = 8, padded: bool = False):
         super().__init__()
-        self.val, self.train = TinyImages(val, 1), TinyImages(train, 2)
+        self.val, self.train = TinyImages(val, 1, "val"), TinyImages(train, 2)
         self.batch_size, self.padded = batch_size, padded
         self.reference_reads = 0
 

@@ -22,6 +22,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def share(count: int) -> range:
+    """This process's contiguous part of `count` samples; the parts of all processes hold every sample once."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if is_distributed():

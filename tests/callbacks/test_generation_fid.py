@@ -5,7 +5,6 @@ from safetensors.torch import load_file, save_file
 from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
 from tessera.callbacks import GenerationFID
-from tessera.callbacks.generation_fid import balanced_labels, shard
 from tessera.errors import ConfigError, DataError, MissingFileError
 from tessera.metrics.fid import FrechetDistance
 from tessera.metrics.statistics import Statistics
@@ -103,13 +102,6 @@ def test_bad_settings(tmp_path):
         GenerationFID(TinyFeatures(), num_samples=10, batch_size=0)
     with pytest.raises(MissingFileError, match=r"callbacks\.gfid\.tokens"):
         GenerationFID(TinyFeatures(), tokens=tmp_path / "none")
-
-
-def test_shares_and_labels():
-    for count, world in [(10, 3), (2, 4), (50_000, 7)]:
-        parts = [shard(count, rank, world) for rank in range(world)]
-        assert [i for part in parts for i in part] == list(range(count))
-    assert torch.bincount(balanced_labels(torch.arange(30), 10)).tolist() == [3] * 10
 
 
 def _ranks(rank, world, folder):

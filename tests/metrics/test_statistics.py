@@ -1,12 +1,9 @@
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
-from forked import run_forked
 from tessera.errors import DataError, MissingFileError
-from tessera.metrics.statistics import ADM_EXTRACTOR, Statistics, cached_statistics
+from tessera.metrics.statistics import ADM_EXTRACTOR, Statistics
 
 
 def some(d: int = 4, extractor: str = "tiny:1:none") -> Statistics:
@@ -51,29 +48,3 @@ def test_bad_files(tmp_path):
         np.savez(tmp_path / f"{name}.npz", **content)
         with pytest.raises(DataError, match=message):
             Statistics.load(tmp_path / f"{name}.npz")
-
-
-def test_cache_computes_once_per_content(tmp_path):
-    calls = []
-
-    def compute(extractor: str) -> Statistics:
-        calls.append(1)
-        return some(extractor=extractor)
-
-    for fingerprint, extractor in [("a", "x"), ("a", "x"), ("b", "x"), ("a", "y")]:
-        cached_statistics(tmp_path, fingerprint, extractor, partial(compute, extractor))
-    assert len(calls) == 3
-    cached_statistics(None, "a", "x", partial(compute, "x"))
-    assert len(calls) == 4
-
-
-def _ranks(rank, world, folder):
-    # the folder is private to rank 0, as on a machine without a shared disk
-    own = folder if rank == 0 else folder / "other"
-    first = cached_statistics(own, "a", "tiny:1:none", some)
-    again = cached_statistics(own, "a", "tiny:1:none", lambda: 1 / 0)
-    return first.n, again.n, torch.equal(first.sigma, again.sigma)
-
-
-def test_processes_share_the_cache(tmp_path):
-    assert run_forked(_ranks, tmp_path) == [(50, 50, True)] * 2

@@ -40,6 +40,8 @@ class CodebookReport(FigureCallback):
         collapsed: branches and scales found collapsed in the latest measurement.
     """
 
+    announced = False  # many, one per scale
+
     def __init__(
         self,
         every_n_validations: int = 1,
@@ -59,7 +61,7 @@ class CodebookReport(FigureCallback):
         quantizer = pl_module.tokenizer.quantizer
         self._unhook()
         self.diagnoses = {}
-        if quantizer.num_branches * len(quantizer.grids) * quantizer.codebook_size > MAX_COUNTERS:
+        if not countable(quantizer):
             log.info("codebooks of %d codes are too large for a report of their usage", quantizer.codebook_size)
             self.metric = None
             return
@@ -99,23 +101,16 @@ class CodebookReport(FigureCallback):
     def finish(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> list[Figure]:
         if self.metric is None:
             return []
-        counts = self.metric.compute().cpu().view(self.metric.counts.shape)
-        shared = len(pl_module.tokenizer.quantizer.branches[0].codebooks) == 1
+        quantizer = pl_module.tokenizer.quantizer
+        counts, shared = counts_of(self.metric), shared_codebooks(quantizer)
         if distributed.rank() == 0:
             log_histograms(trainer, f"{self.prefix}/codebook", counts, shared)
-            self.collapsed = self.watch.check(counts, pl_module.tokenizer.quantizer, "validation")
-        protocol = Protocol(
-            crop=crop_id(validation_dataset(trainer)),
-            samples=self.samples.unique,
-            dtype="int64 counts",
-            extra={"tokens": int(counts.sum()), "K": self.metric.codebook_size},
-        )
-        figures = codebook_figures(counts, shared) | self._diagnosed(pl_module.device)
-        return [
-            CodebookFigure(name, value, protocol)
-            for name, value in figures.items()
-            if name.startswith(REPORTED) or name in self.diagnoses
-        ]
+            self.collapsed = self.watch.check(counts, quantizer, "validation")
+        crop = crop_id(validation_dataset(trainer))
+        found = usage_figures(counts, quantizer, self.samples.unique, crop)
+        protocol = found[0].protocol
+        diagnosed = self._diagnosed(pl_module.device)
+        return found + [CodebookFigure(name, value, protocol) for name, value in diagnosed.items()]
 
     def _diagnosed(self, device: torch.device) -> dict[str, float]:
         """Means over scales and processes, those without a batch left out."""
@@ -135,6 +130,42 @@ class CodebookFigure(Figure):
     @property
     def key(self) -> str:
         return f"codebook/{self.name}"
+
+
+def countable(quantizer: nn.Module) -> bool:
+    """Whether a quantizer has codebooks, and not too large ones to be counted code by code."""
+    if quantizer.num_tokens == 0:  # a continuous bottleneck
+        return False
+    return quantizer.num_branches * len(quantizer.grids) * quantizer.codebook_size <= MAX_COUNTERS
+
+
+def shared_codebooks(quantizer: nn.Module) -> bool:
+    """Whether the scales of a branch have one codebook."""
+    return len(quantizer.branches[0].codebooks) == 1
+
+
+def counts_of(metric: CodebookUsage) -> Tensor:
+    """(P, S, K) int64 counts over all processes, on the CPU; all of them call it."""
+    return metric.compute().cpu().view(metric.counts.shape)
+
+
+def usage_figures(counts: Tensor, quantizer: nn.Module, samples: int, crop: str) -> list[Figure]:
+    """Usage, perplexity, entropy and dead codes of each codebook, and of each scale.
+
+    Args:
+        counts: (P, S, K) of each code.
+        quantizer: whose codes were counted.
+        samples: images behind the counts.
+        crop: id of the crop that made them.
+    """
+    protocol = Protocol(
+        crop=crop,
+        samples=samples,
+        dtype="int64 counts",
+        extra={"tokens": int(counts.sum()), "K": counts.shape[-1]},
+    )
+    figures = codebook_figures(counts, shared_codebooks(quantizer))
+    return [CodebookFigure(name, value, protocol) for name, value in figures.items() if name.startswith(REPORTED)]
 
 
 def log_histograms(trainer: lightning.Trainer, key: str, counts: Tensor, shared: bool = True) -> None:

@@ -5,12 +5,14 @@ from functools import cache
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tessera.callbacks.unique import Commit, UniqueSamples
 from tessera.errors import ConfigError, DataError
 from tessera.metrics.features import FeatureExtractor
+from tessera.metrics.image_sets import subset_numbers
 from tessera.metrics.protocol import Figure, Protocol
 
 log = logging.getLogger(__name__)
@@ -28,15 +30,22 @@ class FigureCallback(Callback):
     Args:
         every_n_validations: 1 measures in every validation epoch, 3 in every third, starting with the first.
         prefix: of the log keys; give two callbacks of the same class different ones.
+        num_samples: validation images to measure, see `subset_numbers`; None: all.
 
     Attributes:
         figures: of the latest measurement.
+        announced: say them at the end of training.
     """
 
-    def __init__(self, every_n_validations: int = 1, prefix: str = "val"):
+    announced = True
+
+    def __init__(self, every_n_validations: int = 1, prefix: str = "val", num_samples: int | None = None):
         if every_n_validations < 1:
             raise ConfigError(f"every_n_validations={every_n_validations} must be at least 1")
-        self.every_n_validations, self.prefix = every_n_validations, prefix
+        if num_samples is not None and num_samples < 2:
+            raise ConfigError(f"{type(self).__name__}: num_samples={num_samples} must be at least 2, or null for all")
+        self.every_n_validations, self.prefix, self.subset = every_n_validations, prefix, num_samples
+        self.chosen: Tensor | None = None  # (N,) bool over the data set
         self.figures: list[Figure] = []
         self.validations = 0
         self.active = False
@@ -77,7 +86,15 @@ class FigureCallback(Callback):
         self.validations += 1
         if self.active:
             self.samples = UniqueSamples()
+            self.chosen = self._subset(trainer)
             self.begin(trainer, pl_module)
+
+    def _subset(self, trainer: lightning.Trainer) -> Tensor | None:
+        if self.subset is None:
+            return None
+        chosen = torch.zeros(len(validation_dataset(trainer)), dtype=torch.bool)
+        chosen[subset_numbers(len(chosen), self.subset, f"{type(self).__name__}: num_samples")] = True
+        return chosen
 
     def on_validation_batch_end(
         self,
@@ -90,7 +107,13 @@ class FigureCallback(Callback):
     ) -> None:
         if not self.active:
             return
-        commit = self.measure(trainer, pl_module, outputs if isinstance(outputs, dict) else {}, batch)
+        outputs = outputs if isinstance(outputs, dict) else {}
+        if self.chosen is not None:
+            rows = self.chosen[batch["index"].cpu()]
+            if not rows.any():
+                return
+            outputs, batch = _rows(outputs, rows), _rows(batch, rows)
+        commit = self.measure(trainer, pl_module, outputs, batch)
         if commit is not None:
             if "index" not in batch:
                 raise DataError(f"{type(self).__name__} needs batches with `index`, the data set index of each sample")
@@ -105,6 +128,10 @@ class FigureCallback(Callback):
             # equal on all ranks already; sync_dist only keeps Lightning from warning
             self.log(f"{self.prefix}/{figure.key}", figure.value, sync_dist=True)
 
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for figure in self.figures if self.announced and trainer.is_global_zero else ():
+            log.info(figure.describe())
+
     def needed(self, values: dict[str, Tensor], key: str, source: str) -> Tensor:
         """`values[key]`, or an error that names this callback."""
         if key not in values:
@@ -115,6 +142,14 @@ class FigureCallback(Callback):
         return values[key]
 
 
+def _rows(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """A batch with the chosen (B,) rows alone."""
+    return {
+        key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == rows.shape else value
+        for key, value in values.items()
+    }
+
+
 def frechet_protocol(
     extractor: FeatureExtractor, trainer: lightning.Trainer, samples: UniqueSamples, **settings: Any
 ) -> Protocol:
@@ -123,6 +158,7 @@ def frechet_protocol(
         extractor=extractor.name,
         weights_id=extractor.weights_id,
         resize=extractor.resize,
+        quantisation=extractor.quantisation,
         crop=crop_id(validation_dataset(trainer)),
         reference_samples=samples.unique,
         samples=samples.unique,

@@ -47,6 +47,17 @@ def balance_warnings(labels: Tensor, num_classes: int | None = None) -> list[str
     return []
 
 
+def reference_warnings(reference: str) -> list[str]:
+    """Warnings about what a generator's images are compared with: by definition the images of its training.
+
+    Args:
+        reference: id of the reference set.
+    """
+    if reference.endswith(("-val", "-validation", "-test")):
+        return [f"{reference} is not what a generator learns from; gFID is defined against the training images"]
+    return []
+
+
 def size_warnings(size: tuple[int, int], reference: tuple[int, int] | None) -> list[str]:
     """Warnings about images of another size than the reference's."""
     if reference is None or tuple(size) == tuple(reference):

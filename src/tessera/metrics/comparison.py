@@ -1,6 +1,7 @@
 """All figures of a set of images against a reference, each under the name that it may carry."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,18 +15,19 @@ from tessera.metrics.checks import (
     size_warnings,
 )
 from tessera.metrics.features import FeatureExtractor
-from tessera.metrics.fid import FrechetDistance, frechet_distance
+from tessera.metrics.fid import frechet_distance
 from tessera.metrics.image_sets import ImageSet
 from tessera.metrics.kid import subset_distances
-from tessera.metrics.lpips import LPIPS, LPIPSDistance
+from tessera.metrics.lpips import LPIPSDistance
+from tessera.metrics.pair_measure import PairMeasure
 from tessera.metrics.precision_recall import precision_recall
 from tessera.metrics.protocol import STANDARD_REAL_IMAGES, Figure, Protocol, expected_bias
-from tessera.metrics.reconstruction import PSNR, SSIM
 from tessera.metrics.reference import Reference
 from tessera.metrics.set_measure import Measured, measure_set
 from tessera.metrics.statistics import Statistics
 
 FIGURES = ("FID", "sFID", "IS", "precision", "recall", "KID")
+KEEPS_FEATURES = {"precision", "recall", "KID"}  # not made of sums
 NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
@@ -43,6 +45,23 @@ def available_figures(extractor: FeatureExtractor, reference: Reference) -> list
     return [name for name in FIGURES if possible[name]]
 
 
+def check_figures(figures: Sequence[str], extractor: FeatureExtractor) -> None:
+    """Refuse figures that no reference can make possible.
+
+    Raises:
+        ConfigError: an unknown one, or one that the extractor doesn't allow.
+    """
+    for name in figures:
+        if name not in FIGURES:
+            raise ConfigError(f"figures: {name!r} is unknown; choose from {', '.join(FIGURES)}")
+        if (name == "sFID" and not extractor.num_spatial) or (name == "IS" and not extractor.num_classes):
+            needed = "spatial features" if name == "sFID" else "a classifier"
+            raise ConfigError(
+                f"figures: {name} can't be measured with {extractor.name}, as it needs {needed}; leave {name} out, or "
+                "choose another extractor by metrics/features=..."
+            )
+
+
 def chosen_figures(figures: Sequence[str] | None, extractor: FeatureExtractor, reference: Reference) -> list[str]:
     """The figures asked for; None: all that are possible.
 
@@ -50,14 +69,13 @@ def chosen_figures(figures: Sequence[str] | None, extractor: FeatureExtractor, r
         ConfigError: an unknown one, or one that extractor or reference don't allow.
     """
     possible = available_figures(extractor, reference)
-    for name in figures or []:
-        if name not in FIGURES:
-            raise ConfigError(f"figures: {name!r} is unknown; choose from {', '.join(FIGURES)}")
+    check_figures(figures or (), extractor)
+    for name in figures or ():
         if name not in possible:
             raise ConfigError(
                 f"figures: {name} can't be measured with {extractor.name} against {reference.id}, which gives "
-                f"{', '.join(possible)}; sFID needs spatial features, IS a classifier, precision, recall and KID "
-                "images of the reference"
+                f"{', '.join(possible)}; sFID needs spatial statistics, and precision, recall and KID images of the "
+                "reference"
             )
     return possible if figures is None else list(figures)
 
@@ -85,7 +103,7 @@ def compare(
         DataError: fewer than two images, or unusable ones.
     """
     chosen = chosen_figures(figures, extractor, reference)
-    keep = bool({"precision", "recall", "KID"} & set(chosen))
+    keep = bool(KEEPS_FEATURES & set(chosen))
     measured = measure_set(generated, extractor, batch_size, keep, "IS" in chosen, device)
     warnings = size_warnings(generated.size, reference.size)
     if generated.labels is not None:
@@ -101,6 +119,8 @@ def figures_against(
     warnings: Sequence[str] = (),
     prefix: str = "",
     device: torch.device | str = "cpu",
+    settings: dict[str, Any] | None = None,
+    in_label: Sequence[str] = (),
 ) -> list[Figure]:
     """Figures of a measured set against a reference.
 
@@ -110,6 +130,8 @@ def figures_against(
         warnings: that all figures shall carry.
         prefix: of FID's name: "g" for images of a generator.
         device: where distances are computed.
+        settings: of what made the images, for the protocol.
+        in_label: those of them that go into the names.
 
     Raises:
         ConfigError: figures that can't be measured.
@@ -121,6 +143,8 @@ def figures_against(
         "quantisation": extractor.quantisation,
         "samples": measured.samples,
         "unique_samples": measured.unique,
+        "extra": settings or {},
+        "in_label": tuple(in_label),
     }
     against = common | {"crop": reference.crop, "reference": reference.id, "reference_hash": reference.hash}
     warnings = [
@@ -148,7 +172,8 @@ def figures_against(
         else:
             if shares is None:
                 shares = precision_recall(real=features, generated=generated, k=NEIGHBOURS)
-            protocol = Protocol(**against, reference_samples=len(features), extra={"k": NEIGHBOURS})
+            neighbours = {"extra": {**against["extra"], "k": NEIGHBOURS}}
+            protocol = Protocol(**against | neighbours, reference_samples=len(features))
             own = list(warnings)
             if len(features) != STANDARD_REAL_IMAGES:
                 own.append(f"precision and recall depend on the number of real images, here {len(features)}")
@@ -178,6 +203,7 @@ def compare_pairs(
     inputs: ImageSet,
     extractor: FeatureExtractor | None = None,
     lpips: LPIPSDistance | None = None,
+    figures: Sequence[str] | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> list[Figure]:
@@ -189,10 +215,12 @@ def compare_pairs(
         reconstructions, inputs: as many images of one size, in the same order.
         extractor: of the rFID; None: no rFID.
         lpips: network of the LPIPS; None: no LPIPS.
+        figures: some of `PAIR_FIGURES`; None: all that extractor and network allow.
         batch_size: per process.
         device: of extractor and network.
 
     Raises:
+        ConfigError: a figure that is unknown, or lacks its network.
         DataError: sets that do not belong together.
     """
     if len(reconstructions) != len(inputs) or reconstructions.size != inputs.size:
@@ -206,36 +234,10 @@ def compare_pairs(
         raise DataError(
             f"{reconstructions.name} has {culprit[0]} where {inputs.name} has {culprit[1]}; name both alike"
         )
-    pairwise = {"PSNR": PSNR(), "SSIM": SSIM()} | ({} if lpips is None else {"LPIPS": LPIPS(lpips)})
-    for metric in pairwise.values():
-        metric.to(device)
-    distance = None if extractor is None else FrechetDistance(extractor.to(device).num_features).to(device)
-    rank, world = distributed.rank(), distributed.world_size()
-    share = len(inputs) * rank // world, len(inputs) * (rank + 1) // world, batch_size
+    measure = PairMeasure(figures, extractor, lpips)
+    measure.begin(device)
+    own = distributed.share(len(inputs))
+    share = own.start, own.stop, batch_size
     for (index, fake), (_, real) in zip(reconstructions.batches(*share), inputs.batches(*share), strict=True):
-        fake, real = fake.to(device), real.to(device)
-        for metric in pairwise.values():
-            metric.update(fake, real)
-        if distance is not None:
-            distance.update(extractor(real), real=True, index=index)
-            distance.update(extractor(fake), real=False, index=index)
-    common = {"samples": len(inputs), "crop": inputs.crop}
-    found = []
-    if distance is not None:
-        protocol = Protocol(
-            **common,
-            extractor=extractor.name,
-            weights_id=extractor.weights_id,
-            resize=extractor.resize,
-            quantisation=extractor.quantisation,
-            reference_samples=len(inputs),
-        )
-        value, _, _ = distance.summary()
-        own = sample_warnings(len(inputs), extractor.num_features)
-        own += extractor_warnings(extractor.name, extractor.is_image_quality)
-        found.append(Figure("rFID", value, protocol, warnings=own))
-    for name, metric in pairwise.items():
-        flavour = {"PSNR": "", "SSIM": getattr(metric, "window", ""), "LPIPS": getattr(metric, "flavour", "")}[name]
-        protocol = Protocol(**common, flavour=flavour, dtype="float64")
-        found.append(Figure(name, float(metric.compute()), protocol))
-    return found
+        measure.update(fake.to(device), real.to(device), index)
+    return measure.finish(len(inputs), inputs.crop)

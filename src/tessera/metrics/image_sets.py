@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tessera.errors import DataError, MissingFileError
+from tessera.errors import ConfigError, DataError, MissingFileError
 from tessera.metrics.features import as_uint8
 
 log = logging.getLogger(__name__)
@@ -205,26 +206,66 @@ class DatasetImageSet(ImageSet):
 
     Args:
         dataset: a `tessera.data.ImageDataset`.
+        num_samples: of its images, see `subset_numbers`; None: all.
+        num_workers: processes that read them.
+
+    Attributes:
+        numbers: (N,) int64 of the images in the data set.
+
+    Raises:
+        ConfigError: more samples than there are.
     """
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Any, num_samples: int | None = None, num_workers: int = 0):
         from tessera.data import to_uint8
 
         self.dataset, self._to_uint8 = dataset.without_augmentation(), to_uint8
-        self.name = f"{dataset.name}-{dataset.split}"
+        self.num_workers, self.name = num_workers, f"{dataset.name}-{dataset.split}"
+        self.numbers = subset_numbers(len(dataset), num_samples)
         self.size, self.crop = (dataset.resolution, dataset.resolution), dataset.crop_id
-        self.labels = torch.tensor([dataset.label(number) for number in range(len(dataset))])
+        self.labels = torch.tensor([dataset.label(number) for number in self.numbers.tolist()])
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.numbers)
 
     def fingerprint(self) -> str:
-        return self.dataset.fingerprint()
+        whole = self.dataset.fingerprint()
+        if len(self) == len(self.dataset):
+            return whole
+        return hashlib.sha256(f"{whole}/{len(self)}".encode()).hexdigest()[:16]
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(start, stop, batch_size):
-            numbers = list(range(first, min(first + batch_size, stop)))
-            yield torch.tensor(numbers), self._to_uint8(self.dataset[numbers]["image"])
+        places = torch.arange(start, stop).split(batch_size) if stop > start else ()
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,  # the keys are batches already
+            sampler=[self.numbers[part].tolist() for part in places],
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # drawing the workers' seeds must not advance torch's global one
+        )
+        for part, batch in zip(places, loader, strict=True):
+            yield part, self._to_uint8(batch["image"])
+
+
+def subset_numbers(count: int, num_samples: int | None, key: str = "num_samples") -> Tensor:
+    """(N,) int64 numbers, ascending, of the images that stand for a whole set in a quick figure.
+
+    They are drawn at random, as sets are often sorted by class, and always the same; more samples include fewer.
+
+    Args:
+        count: of the whole set.
+        num_samples: N; None: all.
+        key: config key of N, for the message.
+
+    Raises:
+        ConfigError: N below 2 or above `count`.
+    """
+    if num_samples is None:
+        return torch.arange(count)
+    if not 2 <= num_samples <= count:
+        raise ConfigError(f"{key}={num_samples} must be between 2 and the {count} images there are; null takes all")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:num_samples].sort().values
 
 
 class TensorImageSet(ImageSet):

@@ -1,12 +1,13 @@
 """LPIPS of reconstructions, with the AlexNet or the VGG16 backbone."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tessera.losses.lpips_network import LPIPSNetwork
+from tessera.losses.lpips_network import BACKBONES, LPIPSNetwork
 from tessera.metrics.features import full_precision
 from tessera.metrics.reconstruction import ImageMean, unit_range
 
@@ -21,6 +22,9 @@ class LPIPSDistance(LPIPSNetwork):
         linear_weights: the five linear layers (`lin0.model.1.weight`, ...); None: those in the installed `lpips` or
             `torchmetrics` package.
 
+    Attributes:
+        weights_id: prefix of the SHA-256 of the backbone's file, whose published name ends with it.
+
     Raises:
         ConfigError: an unknown backbone.
         MissingFileError: weights that aren't there.
@@ -31,6 +35,8 @@ class LPIPSDistance(LPIPSNetwork):
 
     def __init__(self, backbone: str, backbone_weights: str | Path, linear_weights: str | Path | None = None):
         super().__init__(backbone, backbone_weights, linear_weights, key="metrics.lpips", without="metrics/lpips=none")
+        with Path(backbone_weights).open("rb") as file:
+            self.weights_id = hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
     @torch.no_grad()
     def terms(self, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -39,7 +45,7 @@ class LPIPSDistance(LPIPSNetwork):
 
 
 class LPIPS(ImageMean):
-    """Mean over images of the LPIPS distance on 8-bit levels; report it as `LPIPS[<backbone>]`.
+    """Mean over images of the LPIPS distance on 8-bit levels; report it as `LPIPS[<flavour>]`.
 
     The network is no part of the metric's state, and moves to the images' device.
 
@@ -56,8 +62,15 @@ class LPIPS(ImageMean):
 
     @property
     def flavour(self) -> str:
-        """The backbone."""
-        return self._distance[0].backbone
+        """The backbone, and its weights where they are not the published ones."""
+        distance = self._distance[0]
+        published = Path(BACKBONES[distance.backbone]).stem.endswith(f"-{distance.weights_id}")
+        return distance.backbone if published else f"{distance.backbone}-{distance.weights_id}"
+
+    @property
+    def weights_id(self) -> str:
+        """Of the backbone, see `LPIPSDistance`."""
+        return self._distance[0].weights_id
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
         pair = (2 * unit_range(side, self.quantisation).float() - 1 for side in (images, reference))

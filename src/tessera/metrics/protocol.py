@@ -36,10 +36,9 @@ class Protocol:
     """What has to be equal for two figures to be comparable, and what is worth knowing besides.
 
     Attributes:
-        extractor: name of the feature extractor, or the flavour of a pairwise measure (`uniform7`); "" if
-            none.
+        extractor: name of the feature extractor; "" if none.
         weights_id: hash prefix of its weights.
-        flavour: variant of the measure, e.g. `splits=1`; "" for the standard one.
+        flavour: variant of the measure, e.g. `splits=1` or `uniform7`; "" for the standard one.
         resize: how images reach the extractor's size.
         quantisation: rounding to uint8.
         crop: id of the crop that made the inputs; "" when not recorded.
@@ -131,13 +130,18 @@ class Figure:
         """The label with the metric's name in lower case, for log keys: `rfid[digits-cnn]@N=360`."""
         return self.name.lower() + self.label[len(self.name) :]
 
-    def describe(self) -> str:
-        """One line for the console: the label, the value, the bias to expect of so few samples, and warnings."""
-        text = f"{self.label} = {self.value:.4f}"
+    def describe(self, warnings: bool = True) -> str:
+        """One line for the console: the label, the value, the bias to expect of so few samples, and warnings.
+
+        A Frechet distance that rounding left below 0 is shown as 0.
+        """
+        value = max(self.value, 0.0) if self.name.endswith("FID") else self.value
+        text = f"{self.label} = {value:.4f}"
         bias = self.details.get("expected_bias")
         if bias is not None and self.protocol.unique_samples < STANDARD_SAMPLES:
             text += f" (about {bias:.2g} of it is to be expected of {self.protocol.unique_samples} samples)"
-        return "; ".join([text, *(f"warning: {warning}" for warning in self.warnings)])
+        shown = self.warnings if warnings else []
+        return "; ".join([text, *(f"warning: {warning}" for warning in shown)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for results.json."""

@@ -99,18 +99,33 @@ def load_reference(
         )
         name = reference_id or f"{path.stem}-images"
         return _of_images(images, extractor, name, keep_features, cache, batch_size, device)
-    found = Reference(reference_id or statistics.source, statistics, hash=_on_first_process(lambda: file_hash(path)))
+    content = _on_first_process(lambda: file_hash(path))
+    found = Reference(reference_id or statistics.source, statistics, crop=statistics.crop, hash=content)
     if path.stem in ADM_FILES and statistics.extractor == ADM_EXTRACTOR:
         side = ADM_FILES[path.stem]
         if images is not None and images.size != (side, side):
             raise DataError(f"{path} holds images of {images.size} pixels, not the {side} that its name says")
-        found.id, found.crop = reference_id or f"imagenet-train-{side}", f"adm-{side}"
+        found.id, found.crop, found.size = reference_id or f"imagenet-train-{side}", f"adm-{side}", (side, side)
     if images is not None:
         found.size = images.size
         if keep_features:
             log.info("FID uses the statistics in %s; precision, recall and KID its %d images", path, len(images))
             found.features = _cached(images, found.hash, extractor, True, cache, batch_size, device)[1]
     return found
+
+
+def check_reference(source: str | Path, extractor: FeatureExtractor) -> None:
+    """Refuse what `load_reference` could not use, without measuring anything.
+
+    Raises:
+        As `load_reference`.
+    """
+    path = Path(source)
+    keys = _keys(path)
+    if "mu" not in keys:
+        open_images(path)
+    else:
+        Statistics.load(path, None if "arr_0" in keys else extractor.identity)
 
 
 def _keys(path: Path) -> list[str]:
@@ -122,7 +137,7 @@ def _keys(path: Path) -> list[str]:
             keys = [name.removesuffix(".npy") for name in archive.namelist()]
     except zipfile.BadZipFile as error:
         raise DataError(f"{path} is not an .npz file ({error})") from error
-    if not set(keys) - {"n", "extractor", "source"}:
+    if not set(keys) - {"n", "extractor", "source", "crop"}:
         raise DataError(f"{path} has neither {', '.join(STATISTICS_KEYS[:2])} nor images (arr_0)")
     return keys
 
@@ -139,7 +154,7 @@ def _of_images(
     content = _on_first_process(images.fingerprint)
     statistics, features = _cached(images, content, extractor, keep_features, cache, batch_size, device)
     name = reference_id or images.name
-    statistics.source = name
+    statistics.source, statistics.crop = name, images.crop
     return Reference(name, statistics, features, images.size, images.crop, content)
 
 
@@ -166,6 +181,7 @@ def _cached(
             return found
     measured = measure_set(images, extractor, batch_size, keep_features, score=False, device=device)
     if cache is not None and distributed.rank() == 0:
+        measured.statistics.crop = images.crop
         measured.statistics.save(Path(cache) / f"statistics-{stem}.npz")
         if measured.features is not None:
             path = Path(cache) / f"features-{stem}.npy"

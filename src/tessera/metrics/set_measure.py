@@ -144,8 +144,8 @@ def measure_set(
     if len(images) < 2:
         raise DataError(f"{images.name} holds {len(images)} image; a set to be measured needs at least 2")
     measure = SetMeasure(extractor, len(images), keep_features, score, device)
-    rank, world = distributed.rank(), distributed.world_size()
-    for index, batch in images.batches(len(images) * rank // world, len(images) * (rank + 1) // world, batch_size):
+    own = distributed.share(len(images))
+    for index, batch in images.batches(own.start, own.stop, batch_size):
         measure.update(batch, index)
     measured = measure.finish()
     measured.statistics.source = images.name

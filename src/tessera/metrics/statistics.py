@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera import distributed
 from tessera.errors import DataError, MissingFileError
 
 # What ADM's reference files (mu and sigma without a word about the extractor) were made with
 ADM_EXTRACTOR = "inception-2015-12-05:6726825d:legacy_tf"
-KEYS = ("mu", "sigma", "mu_s", "sigma_s", "n", "extractor", "source")
+KEYS = ("mu", "sigma", "mu_s", "sigma_s", "n", "extractor", "source", "crop")
 
 
 @dataclass
@@ -28,6 +26,7 @@ class Statistics:
         n: number of samples, None where the file doesn't say.
         extractor: identity of the extractor (`FeatureExtractor.identity`), "" when not recorded.
         source: what the set is, e.g. `digits-train`.
+        crop: id of the crop that made its images; "" when not recorded.
         spatial: the same of the features that sFID compares, where known.
     """
 
@@ -37,10 +36,11 @@ class Statistics:
     extractor: str = ""
     source: str = ""
     spatial: "Statistics | None" = None
+    crop: str = ""
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz with `mu`, `sigma`, `n`, `extractor`, `source`, and `mu_s`, `sigma_s` where there are spatial
-        ones; a reader never sees half a file."""
+        """Write an .npz with `mu`, `sigma`, `n`, `extractor`, `source`, `crop`, and `mu_s`, `sigma_s` where there are
+        spatial ones; a reader never sees half a file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
@@ -49,6 +49,7 @@ class Statistics:
             "n": np.int64(-1 if self.n is None else self.n),
             "extractor": np.array(self.extractor),
             "source": np.array(self.source),
+            "crop": np.array(self.crop),
         }
         if self.spatial is not None:
             content |= {"mu_s": self.spatial.mu.cpu().numpy(), "sigma_s": self.spatial.sigma.cpu().numpy()}
@@ -89,7 +90,7 @@ class Statistics:
         source, spatial = str(content.get("source", path.stem)), None
         if "mu_s" in content:
             spatial = cls(*_gaussian(path, content, "mu_s", "sigma_s"), n_or_none, found, source)
-        return cls(mu, sigma, n_or_none, found, source, spatial)
+        return cls(mu, sigma, n_or_none, found, source, spatial, str(content.get("crop", "")))
 
 
 def _gaussian(path: Path, content: dict[str, np.ndarray], mu_key: str, sigma_key: str) -> tuple[Tensor, Tensor]:
@@ -106,35 +107,3 @@ def _gaussian(path: Path, content: dict[str, np.ndarray], mu_key: str, sigma_key
 def content_key(fingerprint: str, extractor: str) -> str:
     """Name of what an extractor makes of a set of images: 16 hex digits."""
     return hashlib.sha256(f"{fingerprint}|{extractor}".encode()).hexdigest()[:16]
-
-
-def cached_statistics(
-    folder: str | Path | None, fingerprint: str, extractor: str, compute: Callable[[], Statistics]
-) -> Statistics:
-    """Statistics of a fixed set, computed once per content and kept on disk.
-
-    All processes must call this together: either all read the file, or all take part in `compute` and rank 0
-    writes it.
-
-    Args:
-        folder: where to keep them; None computes without keeping.
-        fingerprint: identity of the images (data set, split, preprocessing).
-        extractor: identity of the extractor.
-        compute: makes the statistics, using all processes.
-    """
-    if folder is None:
-        return compute()
-    path = Path(folder) / f"statistics-{content_key(fingerprint, extractor)}.npz"
-    # rank 0 decides: on a shared disk the others may see the file a moment later or earlier
-    if distributed.broadcast_object(path.is_file()):
-        return _load_shared(path, extractor)
-    statistics = compute()
-    if distributed.rank() == 0:
-        statistics.save(path)
-    return statistics
-
-
-def _load_shared(path: Path, extractor: str) -> Statistics:
-    """Rank 0 reads, the others receive: the folder need not be shared."""
-    loaded = Statistics.load(path, extractor) if distributed.rank() == 0 else None
-    return distributed.broadcast_object(loaded)

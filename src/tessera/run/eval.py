@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from tessera.distributed import rank
 from tessera.run.build import make, prepare
 from tessera.run.record import save_record
-from tessera.run.results import write_results
+from tessera.run.results import log_figures, write_results
 from tessera.run.strict import check_config
 from tessera.run.subject import Subject, adopt_training_config
 
@@ -45,7 +45,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     }
     if rank() == 0:
         path = write_results(run, results)
-        for figure in results["figures"]:
-            log.info("%s = %.4f", figure["label"], figure["value"])
+        log_figures(found.get("figures", []))
         log.info("written to %s", path)
     return results

@@ -1,6 +1,7 @@
 """Result files: one results.json per run, written atomically and readable without this package."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -9,10 +10,23 @@ from typing import Any
 
 FILE = "results.json"
 
+log = logging.getLogger(__name__)
+
 
 def figures_of(callbacks: Iterable[Any]) -> list[Any]:
     """The figures (metrics.protocol.Figure) that callbacks hold after an evaluation."""
     return [figure for callback in callbacks for figure in getattr(callback, "figures", [])]
+
+
+def log_figures(figures: Iterable[Any]) -> None:
+    """Say each figure under its full name, and below them each warning once, with the figures it belongs to."""
+    warned: dict[str, list[str]] = {}
+    for figure in figures:
+        log.info(figure.describe(warnings=False))
+        for warning in figure.warnings:
+            warned.setdefault(warning, []).append(figure.name)
+    for warning, names in warned.items():
+        log.warning("%s: %s", ", ".join(names), warning)
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

@@ -62,6 +62,18 @@ class Subject:
             raise ConfigError(f"{self.task} needs a tokenizer's checkpoint; ckpt={self.ckpt} is a generator's")
         return load_tokenizer(self.ckpt, self.cfg.weights)
 
+    def decoder(self) -> Tokenizer:
+        """The tokenizer that decodes saved tokens: the checkpoint's, or `tokenizer_ckpt` where that is a generator's.
+
+        Raises:
+            ConfigError: neither is given.
+        """
+        if self.cfg.ckpt is not None and not self.holds_generator:
+            return self.tokenizer()
+        if self.cfg.tokenizer_ckpt is None:
+            raise ConfigError(f"{self.task} needs a tokenizer to decode with; set ckpt=... or tokenizer_ckpt=...")
+        return load_tokenizer(self.cfg.tokenizer_ckpt)
+
     def generation(self) -> Evaluation:
         """The checkpoint's generator, with a tokenizer of the same token space to decode.
 
@@ -99,10 +111,10 @@ class Subject:
             ConfigError: names those that are missing.
         """
         if missing := [f"{key}=..." for key in keys if self.cfg.get(key) is None]:
-            raise ConfigError(
-                f"ckpt={self.cfg.ckpt} doesn't name what it was trained on, as it is an exported model or none; set "
-                f"{' and '.join(missing)}"
-            )
+            why = f"{self.task} has no checkpoint to take them from"
+            if self.cfg.ckpt is not None:
+                why = f"ckpt={self.cfg.ckpt} doesn't name what it was trained on, as it is an exported model"
+            raise ConfigError(f"{why}; set {' and '.join(missing)}")
 
     def data(self) -> ImageDataModule:
         """The data module, serving images."""
@@ -136,7 +148,9 @@ def adopt_training_config(cfg: DictConfig) -> None:
         trained = read_checkpoint(cfg.ckpt)["tessera"]["config"]
         for key in ("data", "metrics", "sampling"):
             if cfg.get(key) is None and trained.get(key) is not None:
-                OmegaConf.update(cfg, key, trained[key], force_add=True)
+                # callbacks interpolate `metrics.lpips`, which older runs had not
+                found = {"lpips": None, **trained[key]} if key == "metrics" else trained[key]
+                OmegaConf.update(cfg, key, found, force_add=True)
         if cfg.tokenizer_ckpt is None and trained.get("generator") is not None:
             cfg.tokenizer_ckpt = trained["tokenizer"]["path"]
     if cfg.get("metrics") is None:
