@@ -278,8 +278,11 @@ def test_published_perturbation(case):
     assert_close(clean.losses["codebook"], file.output["vq_loss"])
     assert_close(file.config.get("beta", 0.25) * clean.losses["commitment"], file.output["commit_loss"])
 
-    assert file.config["settings"]
-    for i, setting in enumerate(file.config["settings"]):
+    settings, each = file.config["settings"], ("neighbours", "selected_ids", "out", "grad_z", "grad_codebook_absmax")
+    recorded = {"clean_ids", "clean_zq", "vq_loss", "commit_loss"}
+    recorded |= {f"s{i}.{name}" for i in range(len(settings)) for name in each}
+    assert settings and set(file.output) == recorded, "every recorded output is compared"
+    for i, setting in enumerate(settings):
         alpha, beta, delta = (setting[name] for name in ("alpha", "beta", "delta"))
         assert file.input[f"s{i}.alpha_beta_delta"].tolist() == [alpha, beta, delta]
         site, rank = (file.input[f"s{i}.{name}"].view(images, 1, height * width) for name in ("rand", "randint"))

@@ -56,7 +56,8 @@ def test_refuses_times_that_are_no_fractions(arguments):
 def test_published_annealing(case):
     """Equal to the public schedule for end_ratio 0.5; elsewhere the ramp falls by 1 - end_ratio instead."""
     file = golden(case)
-    assert file.config
+    recorded = {f"c{i}.{name}" for i in range(len(file.config)) for name in ("ratio", "alpha", "delta")}
+    assert file.config and set(file.output) == recorded, "every recorded output is compared"
     for i, config in enumerate(file.config):
         start, end, end_ratio = config["anneal_start"], config["anneal_end"], config["end_ratio"]
         total = config["epochs"]

@@ -239,6 +239,9 @@ def test_robustok(case):
         align = Alignment(taught)
         align.bind(tokenizer)
         ours[f"loss.sem_on_{semantic_on}"] = 0.1 * align(images, latent, tokenizer, 0.0)
+    others = {"clean_ids", "selected_ids", "usage_percent", "codebook_grad_is_none_or_zero"}
+    gradients = {name for name in expected if name.startswith("grad_rec.")}
+    assert set(expected) == ours.keys() | others | gradients, "every recorded output is compared"
     for name, value in ours.items():
         assert_close(value.detach(), expected[name], atol=2e-5)
     ours["loss.rec"].backward()
