@@ -149,6 +149,7 @@ def export(
         description["fingerprint"] = model.fingerprint()
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
     (folder / CARD).write_text(card_text(model, card))
+    (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)  # safetensors makes files for their owner alone
     return folder
 
 

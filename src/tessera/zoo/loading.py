@@ -58,6 +58,7 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not {name}: {error}{_whose(content, entry)}") from error
     if isinstance(model, Generator):
+        model.tokenizer_fingerprint = None  # not published
         model.sampling = model.sampling_types[0](**entry.settings)
     return model
 
