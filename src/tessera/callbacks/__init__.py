@@ -2,6 +2,7 @@
 
 from tessera.callbacks.codebook_collapse import CodebookCollapse
 from tessera.callbacks.codebook_report import CodebookReport
+from tessera.callbacks.early_stopping import EarlyStopping
 from tessera.callbacks.ema import EMA
 from tessera.callbacks.generation_fid import GenerationFID
 from tessera.callbacks.image_grid import ImageGrid
@@ -16,6 +17,7 @@ __all__ = [
     "EMA",
     "CodebookCollapse",
     "CodebookReport",
+    "EarlyStopping",
     "GenerationFID",
     "ImageGrid",
     "LastCheckpoint",

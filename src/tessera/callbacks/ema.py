@@ -172,5 +172,7 @@ def _copy(module: nn.Module, values: list[Tensor]) -> None:
 
 
 def ema_weights(checkpoint: dict[str, Any]) -> dict[str, dict[str, Tensor]] | None:
-    """Averaged state dicts of a checkpoint by module name; None where it has none."""
-    return checkpoint.get("ema") or None
+    """Averaged state dicts of a checkpoint by module name: the best so far, where early stopping has chosen them; None
+    where it has none."""
+    published = checkpoint.get("published")
+    return published["weights"] if published is not None else checkpoint.get("ema") or None

@@ -3,6 +3,7 @@
 from tessera.data.datamodule import ImageDataModule
 from tessera.data.folder import FolderImages
 from tessera.data.images import DigitsImages, FashionMNISTImages, ImageDataset
+from tessera.data.pair_store import PairStore, build_pair_store
 from tessera.data.pictures import tile, write_png
 from tessera.data.pixels import from_uint8, to_uint8, unit_to_uint8
 from tessera.data.token_build import build_token_cache
@@ -16,8 +17,10 @@ __all__ = [
     "FolderImages",
     "ImageDataModule",
     "ImageDataset",
+    "PairStore",
     "TokenCache",
     "Views",
+    "build_pair_store",
     "build_token_cache",
     "export_jsonl",
     "from_uint8",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tessera import distributed
 from tessera.data.images import ImageDataset
+from tessera.data.pair_store import open_pairs
 from tessera.data.sampler import EvalBatches, FixedBatches, TrainBatches
 from tessera.data.token_cache import TokenCache
 from tessera.errors import CheckpointError, ConfigError
@@ -30,18 +31,23 @@ class TokenBatches(Dataset):
 
 
 class PairBatches(Dataset):
-    """Batches as of `TokenBatches`, with the real `image` (in its fixed crop) that the tokens belong to."""
+    """Batches as of `TokenBatches`, with the real `image` (in its fixed crop) that the tokens belong to.
+
+    Args:
+        cache: pairs, or tokens of the images themselves.
+        images: the data set that they were made from.
+    """
 
     def __init__(self, cache: TokenCache, images: ImageDataset):
         self.cache, self.images = cache, images
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         batch = self.cache.rows([row for _, row in keys])
-        views = self.cache.manifest.view_set
-        numbers, view = batch["index"] // views.count, batch["index"] % views.count
+        manifest = self.cache.manifest
+        numbers, own = batch["index"] // manifest.rows_per_image, batch["index"] % manifest.rows_per_image
         images = [
-            self.images.views(number, views)["image"][v]
-            for number, v in zip(numbers.tolist(), view.tolist(), strict=True)
+            self.images.views(number, manifest.view_set)["image"][row % manifest.num_views]
+            for number, row in zip(numbers.tolist(), own.tolist(), strict=True)
         ]
         return {**batch, "image": torch.stack(images)}
 
@@ -158,7 +164,8 @@ class ImageDataModule(lightning.LightningDataModule):
         if self.serve == "images":
             images = self.images("train")
             return images, len(images)
-        cache = TokenCache.open(self.token_cache, tokenizer_fingerprint=self.expected_fingerprint)
+        opened = TokenCache.open if self.serve == "tokens" else open_pairs
+        cache = opened(self.token_cache, tokenizer_fingerprint=self.expected_fingerprint)
         if self.serve == "tokens":
             return TokenBatches(cache), len(cache)
         images = self.images("train")

@@ -133,6 +133,15 @@ class FolderManifest:
         return manifest
 
 
+def kind_of(folder: Path) -> str | None:
+    """What a folder says it holds; None where there is no readable manifest."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return content.get("kind") if isinstance(content, dict) else None
+
+
 def _differences(key: str, own: Any, wanted: Any) -> Iterator[str]:
     if isinstance(own, dict) and isinstance(wanted, dict):
         for name in sorted({*own, *wanted}):

@@ -17,6 +17,7 @@ from tessera.data.views import Views
 from tessera.errors import ConfigError
 
 Encode = Callable[[dict[str, Tensor]], Tensor]
+RowsOf = Callable[[dict[str, Tensor]], dict[str, np.ndarray]]
 
 
 def build_token_cache(
@@ -62,18 +63,10 @@ def build_token_cache(
         DataError: full disk, an unreadable image, tokens of another shape or range. Raised on every process.
     """
     views = Views.of(views)
-    for key, value in (("codebook_size", codebook_size), ("batch_size", batch_size), ("chunk_images", chunk_images)):
-        if value < 1:
-            raise ConfigError(f"tokens.{key}={value} must be at least 1")
+    check_sizes("tokens", codebook_size=codebook_size, batch_size=batch_size, chunk_images=chunk_images)
     folder = Path(folder)
-    numbers = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if not len(numbers):
-        raise ConfigError(f"there are no images to make tokens of for {folder}; correct pairs.num_images")
-    if not 0 <= numbers.min() <= numbers.max() < len(dataset):
-        raise ConfigError(f"indices reach from {numbers.min()} to {numbers.max()}, but there are {len(dataset)} images")
-    extra = dict(extra or {})
-    if indices is not None:
-        extra["indices"] = _digest(numbers)
+    numbers = image_numbers(dataset, indices, folder)
+    extra = {**(extra or {}), **choice(indices, numbers)}
     if views.kind == "random":
         extra["random_views"] = dataset.random_view_id
     manifest = Manifest(
@@ -89,25 +82,78 @@ def build_token_cache(
         num_classes=dataset.num_classes,
         extra=extra,
     )
-    source, batch_images = _ViewBatches(dataset, views), max(1, batch_size // views.count)
 
-    def work(writer: RowWriter, chunks: list[range]) -> None:
-        _encode(writer, chunks, numbers, source, encode, batch_images, num_workers)
+    def rows_of(batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        return {"tokens": encode(batch).cpu().numpy()}
 
-    def finish() -> None:
-        manifest.checksum = checksum(folder)
-
-    fill(folder, manifest, chunk_images, work, finish)
+    batch_images = max(1, batch_size // views.count)
+    fill_cache(folder, manifest, dataset, numbers, rows_of, batch_images, chunk_images, num_workers)
     return folder
 
 
-def _digest(numbers: np.ndarray) -> str:
-    return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
+def check_sizes(node: str, **sizes: int) -> None:
+    """Refuse sizes below 1, which config node `node` gave."""
+    for key, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{node}.{key}={value} must be at least 1")
 
 
-def write_images(writer: RowWriter, images: range, tokens: np.ndarray, labels: np.ndarray, index: np.ndarray) -> None:
-    """Write all views of the images at these positions: tokens (len V, P, L), labels and index (len,)."""
-    writer.write("tokens.bin", images.start * writer.manifest.num_views, tokens)
+def image_numbers(dataset: ImageDataset, indices: Sequence[int] | None, folder: Path) -> np.ndarray:
+    """Numbers of the images to make tokens of: these, or all.
+
+    Raises:
+        ConfigError: none, or some that the data set doesn't have.
+    """
+    numbers = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if not len(numbers):
+        raise ConfigError(f"there are no images to make tokens of for {folder}; correct pairs.num_images")
+    if not 0 <= numbers.min() <= numbers.max() < len(dataset):
+        raise ConfigError(f"indices reach from {numbers.min()} to {numbers.max()}, but there are {len(dataset)} images")
+    return numbers
+
+
+def choice(indices: Sequence[int] | None, numbers: np.ndarray) -> dict[str, str]:
+    """What a manifest's `extra` says about chosen images; nothing where all are taken."""
+    return {} if indices is None else {"indices": hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]}
+
+
+def fill_cache(
+    folder: Path,
+    manifest: Manifest,
+    dataset: ImageDataset,
+    numbers: np.ndarray,
+    rows_of: RowsOf,
+    batch_images: int,
+    chunk_images: int,
+    num_workers: int,
+) -> None:
+    """Fill a folder of tokens; all processes of the group share the work.
+
+    Args:
+        folder, manifest: of the cache.
+        dataset: its `views(number, views)` are read.
+        numbers: (N,) of the images.
+        rows_of: batch as `build_token_cache` describes it -> by name of the file
+            (without `.bin`), all rows of its images, image-major: `tokens`, and whatever else the manifest has.
+        batch_images: images of a batch.
+        chunk_images, num_workers: see `build_token_cache`.
+    """
+    source = _ViewBatches(dataset, manifest.view_set)
+
+    def work(writer: RowWriter, chunks: list[range]) -> None:
+        _encode(writer, chunks, numbers, source, rows_of, batch_images, num_workers)
+
+    def finish() -> None:
+        manifest.checksum = checksum(folder, manifest.arrays())
+
+    fill(folder, manifest, chunk_images, work, finish)
+
+
+def write_images(writer: RowWriter, images: range, labels: np.ndarray, index: np.ndarray, **rows: np.ndarray) -> None:
+    """Write the images at these positions: labels and index (len,), and by file name (without `.bin`) all their rows,
+    such as tokens (len V, P, L)."""
+    for name, content in rows.items():
+        writer.write(f"{name}.bin", images.start * writer.manifest.rows_per_image, content)
     writer.write("labels.bin", images.start, labels)
     writer.write("index.bin", images.start, index)
 
@@ -134,7 +180,7 @@ def _encode(
     chunks: list[range],
     numbers: np.ndarray,
     source: _ViewBatches,
-    encode: Encode,
+    rows_of: RowsOf,
     batch_images: int,
     num_workers: int,
 ) -> None:
@@ -150,10 +196,11 @@ def _encode(
         source, batch_size=None, sampler=order, num_workers=num_workers, generator=torch.Generator().manual_seed(0)
     )
     for (images, completed), batch in zip(work, loader, strict=True):
-        tokens = encode(batch).cpu().numpy()
-        check_tokens(tokens, (len(images) * views, manifest.branches, manifest.length), manifest.codebook_size)
+        rows = rows_of(batch)
+        shape = (len(images) * manifest.rows_per_image, manifest.branches, manifest.length)
+        check_tokens(rows["tokens"], shape, manifest.codebook_size)
         labels, index = batch["label"][::views].numpy(), batch["index"][::views].numpy() // views
         check_labels(labels, manifest.num_classes, "the data set")
-        write_images(writer, images, tokens, labels, index)
+        write_images(writer, images, labels, index, **rows)
         if completed is not None:
             writer.mark(completed)

@@ -5,7 +5,7 @@ view-minor; `labels.bin` (N,) int32; `index.bin` (N,) int64, the images' numbers
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,9 +67,14 @@ class Manifest(FolderManifest):
         return self.images
 
     @property
+    def rows_per_image(self) -> int:
+        """V."""
+        return self.num_views
+
+    @property
     def rows(self) -> int:
         """N V."""
-        return self.images * self.num_views
+        return self.images * self.rows_per_image
 
     @property
     def view_set(self) -> Views:
@@ -90,10 +95,10 @@ class Manifest(FolderManifest):
         return {name: StoredArray(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
-def checksum(folder: Path) -> str:
+def checksum(folder: Path, names: Iterable[str] = ARRAYS) -> str:
     """sha256 over the content of the arrays."""
     digest = hashlib.sha256()
-    for name in ARRAYS:
+    for name in names:
         with open(folder / name, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -111,16 +116,36 @@ class TokenCache:
         index: (N,) memory map; the images' numbers in the data set.
     """
 
+    manifest_type: ClassVar[type[Manifest]] = Manifest
+    # for messages
+    NAME: ClassVar[str] = "token cache"
+    MADE_BY: ClassVar[str] = "training a generator and task=pretokenize do"
+    HOW_TO_COMPLETE: ClassVar[str] = "repeat the command that builds it to complete it"
+
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
-        maps = {
+        self.maps = {
             name: np.memmap(folder / name, array.dtype, "r", shape=array.shape)
             for name, array in manifest.arrays().items()
         }
-        self.tokens, self.labels, self.index = (maps[name] for name in ARRAYS)
+        self.tokens, self.labels, self.index = (self.maps[name] for name in ARRAYS)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenCache, (self.folder, self.manifest)  # a pickled memory map would carry its content
+        return type(self), (self.folder, self.manifest)  # a pickled memory map would carry its content
+
+    @classmethod
+    def read_manifest(cls, folder: Path, key: str) -> Manifest:
+        """What the folder that config key `key` chose says about itself.
+
+        Raises:
+            MissingFileError: no cache there.
+            CheckpointError: damaged, or a folder of another kind.
+        """
+        if not (folder / MANIFEST).is_file():
+            raise MissingFileError(
+                f"{key}={folder} holds no {cls.NAME} (no {MANIFEST}); correct {key}, or build it, as {cls.MADE_BY}"
+            )
+        return cls.manifest_type.read(folder)
 
     @classmethod
     def open(
@@ -144,14 +169,9 @@ class TokenCache:
             CheckpointError: unfinished, damaged, or of other content.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            raise MissingFileError(
-                f"{key}={folder} holds no token cache (no {MANIFEST}); correct {key}, or build it, as training a "
-                "generator and task=pretokenize do"
-            )
-        manifest = Manifest.read(folder)
+        manifest = cls.read_manifest(folder, key)
         if not manifest.complete:
-            raise CheckpointError(f"{folder} is not finished; repeat the command that builds it to complete it")
+            raise CheckpointError(f"{key}={folder} is not finished; {cls.HOW_TO_COMPLETE}")
         if tokenizer_fingerprint is not None and manifest.tokenizer != tokenizer_fingerprint:
             raise CheckpointError(
                 f"{key}={folder} holds tokens of tokenizer {manifest.tokenizer}, not of "
@@ -179,11 +199,11 @@ class TokenCache:
             numbers: B row numbers in [0, N V).
 
         Returns:
-            `tokens` (B, P, L), `label` (B,) and `index` (B,), all int64. The index tells views apart: number of the
-            image in the data set times V, plus the view.
+            `tokens` (B, P, L), `label` (B,) and `index` (B,), all int64. The index tells an image's rows apart: number
+            of the image in the data set times the rows per image, plus the row's (its view).
         """
-        images, views = np.divmod(np.asarray(numbers), self.manifest.num_views)
-        index = self.index[images] * self.manifest.num_views + views
+        images, own = np.divmod(np.asarray(numbers), self.manifest.rows_per_image)
+        index = self.index[images] * self.manifest.rows_per_image + own
         return {
             "tokens": torch.from_numpy(self.tokens[numbers].astype(np.int64)),
             "label": torch.from_numpy(self.labels[images].astype(np.int64)),
@@ -196,7 +216,7 @@ class TokenCache:
         Raises:
             CheckpointError: damaged.
         """
-        if checksum(self.folder) != self.manifest.checksum:
+        if checksum(self.folder, self.maps) != self.manifest.checksum:
             raise CheckpointError(f"{self.folder} is damaged (its checksum differs); delete it to build it again")
         if len(self) and int(self.tokens.max()) >= self.manifest.codebook_size:
             raise CheckpointError(f"{self.folder} holds tokens outside [0, {self.manifest.codebook_size})")

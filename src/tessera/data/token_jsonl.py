@@ -144,7 +144,7 @@ def _read_into(writer: RowWriter, path: Path) -> None:
         if (labels != labels[:, :1]).any():
             raise DataError(f"{where}: views of one image have different classes; import with views=none")
         images = range(done, done + len(labels))
-        write_images(writer, images, tokens, labels[:, 0], np.arange(images.start, images.stop))
+        write_images(writer, images, labels[:, 0], np.arange(images.start, images.stop), tokens=tokens)
         done = images.stop
 
 

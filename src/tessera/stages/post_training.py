@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessera.distributed import all_reduce_sum, rank
 from tessera.errors import CheckpointError, ConfigError, DataError
 from tessera.frozen import Unregistered
 from tessera.rng import IndexedRng
@@ -27,10 +28,12 @@ class DecoderPostTraining(ReconstructionStage):
         clean_share: probability that an image's own tokens are decoded instead, to protect reconstruction.
         discriminator_warmup_steps: steps that train the discriminator alone before the decoder's training starts,
             for one that isn't loaded from the main training. They don't count as global steps.
+        l2_start: weight of half the squared distance of the trained weights to those that training started from (L2-SP,
+            arXiv:1802.01483); 0: off.
         **shared: see `ReconstructionStage`.
 
     Raises:
-        ConfigError: values out of range.
+        ConfigError: values out of range; a tokenizer without tokens.
 
     Source: RobusTok (arXiv:2509.12474), section 4; it differs from the public script where that lets encoder tokens,
         `quant_conv` and codebook drift.
@@ -42,6 +45,7 @@ class DecoderPostTraining(ReconstructionStage):
         source: str = "tokens",
         clean_share: float = 0.0,
         discriminator_warmup_steps: int = 0,
+        l2_start: float = 0.0,
         **shared: Any,
     ):
         super().__init__(**shared)
@@ -51,6 +55,13 @@ class DecoderPostTraining(ReconstructionStage):
             raise ConfigError(f"stage.clean_share={clean_share} is outside [0, 1]")
         if discriminator_warmup_steps < 0:
             raise ConfigError(f"stage.discriminator_warmup_steps={discriminator_warmup_steps} must not be negative")
+        if self.tokenizer.quantizer.num_tokens == 0:
+            raise ConfigError(
+                "post-training decodes tokens, but the tokenizer's latents are continuous (quantizer=gaussian); give "
+                "one with a codebook in tokenizer.path"
+            )
+        if l2_start < 0:
+            raise ConfigError(f"stage.l2_start={l2_start} must not be negative")
         self.source, self.clean_share = source, clean_share
         self.discriminator_warmup_steps = discriminator_warmup_steps if self.discriminator is not None else 0
         self.warmup_done = 0
@@ -58,6 +69,11 @@ class DecoderPostTraining(ReconstructionStage):
             part.requires_grad_(False)
         self.token_space = self.tokenizer.fingerprint()
         self._original = Unregistered(copy.deepcopy(self.tokenizer) if source == "reencode" else None)
+        self.weights["l2_start"], start = l2_start, None
+        if l2_start > 0:
+            start = nn.ParameterList(p.detach().clone() for p in self.trained_parameters())
+        self._start = Unregistered(start)
+        self._agreement = torch.zeros(2, dtype=torch.int64)  # tokens equal after encoding again, and all
 
     def frozen_parts(self) -> list[nn.Module]:
         """The modules that define the tokens."""
@@ -91,12 +107,27 @@ class DecoderPostTraining(ReconstructionStage):
             if self.source == "reencode":
                 original = self._original.get(self.device)
                 again = original.tokenize(original.detokenize(tokens))
-                self.log("train/reencoded_agreement", (again == tokens).float().mean())
+                equal = again == tokens
+                self.log("train/reencoded_agreement", equal.float().mean())
+                self._agreement = self._agreement.to(self.device)
+                self._agreement[0] += equal.sum()
+                self._agreement[1] += equal.numel()
                 tokens = again
             if self.clean_share:
                 clean = self.sample_rng(batch).uniform("post_training/clean") < self.clean_share
                 tokens = torch.where(clean[:, None, None], self.tokenizer.tokenize(batch["image"]), tokens)
         return tokens
+
+    def reencoded_agreement(self) -> float | None:
+        """Share of the generated tokens that came back from decoding and encoding again, over all of training; None
+        where there is none. All processes must call it."""
+        equal, total = all_reduce_sum(self._agreement.to(self.device)).tolist()
+        return equal / total if total else None
+
+    def distance_to_start(self) -> Tensor:
+        """Half the squared distance of the trained weights to those that training started from, float32 scalar."""
+        pairs = zip(self.trained_parameters(), self._start.get(self.device), strict=True)
+        return torch.stack([(now - start).float().square().sum() for now, start in pairs]).sum() / 2
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         images, rng = batch["image"], self.sample_rng(batch)
@@ -112,7 +143,8 @@ class DecoderPostTraining(ReconstructionStage):
             return
         reconstruction = self.tokenizer.decode(z_q)
         adversarial = self.discriminator is not None
-        self.generator_step(reconstruction, images, {}, adversarial, step, rng)
+        others = {} if self._start.module is None else {"l2_start": self.distance_to_start()}
+        self.generator_step(reconstruction, images, others, adversarial, step, rng)
         if adversarial:
             self.discriminator_step(reconstruction, images, step, rng)
 
@@ -137,10 +169,13 @@ class DecoderPostTraining(ReconstructionStage):
         super().on_save_checkpoint(checkpoint)
         self.check_token_space()
         checkpoint["warmup_done"] = self.warmup_done
+        checkpoint["reencoded"] = all_reduce_sum(self._agreement.to(self.device)).tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.warmup_done = checkpoint.get("warmup_done", 0)
+        # sums of all processes, which one of them continues
+        self._agreement = torch.tensor(checkpoint.get("reencoded", [0, 0]) if rank() == 0 else [0, 0])
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
