@@ -251,15 +251,31 @@ class FashionMNISTImages(ArrayImages):
         resolution: side length the images are brought to.
         pad: to that size by a black border instead of resizing.
         download: fetch missing files by torchvision into root.
+        num_train: only the first so many training images, for small studies; the name, and with it the reference in
+            figures' names, then says so. None: all.
 
     Raises:
         MissingFileError: the files aren't there and `download` is off.
         DataError: a damaged file.
+        ConfigError: num_train outside [1, 60000].
     """
 
-    def __init__(self, split: str, root: str | Path, resolution: int = 32, pad: bool = False, download: bool = False):
+    def __init__(
+        self,
+        split: str,
+        root: str | Path,
+        resolution: int = 32,
+        pad: bool = False,
+        download: bool = False,
+        num_train: int | None = None,
+    ):
         pixels, labels = read_fashion_mnist(Path(root), split == "train", download)
-        super().__init__(pixels, labels, split, resolution, "fashion-mnist", 10, pad)
+        name = "fashion-mnist"
+        if num_train is not None and split == "train":
+            if not 1 <= num_train <= len(labels):
+                raise ConfigError(f"data.dataset.num_train={num_train} is outside [1, {len(labels)}]; null takes all")
+            name, pixels, labels = f"{name}-first{num_train}", pixels[:num_train], labels[:num_train]
+        super().__init__(pixels, labels, split, resolution, name, 10, pad)
 
 
 def read_fashion_mnist(root: Path, train: bool, download: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONF = Path(__file__).parents[3] / "conf"
+from tessera.run.recipes import run_recipe, single_threaded
+
 KINDS = {"plain": "tokenizer", "perturbed": "tokenizer_perturbed"}
 STATES = {"before": "before post-training", "after_raw": "after, raw weights", "after_ema": "after, averaged weights"}
 COLUMNS = ("PSNR", "rFID", "pFID", "gFID")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 log = logging.getLogger(__name__)
 Results = dict[str, dict[str, Any]]
@@ -75,17 +75,10 @@ def run_chain(chain: Chain) -> Results:
 
 def run_part(chain: Chain, part: str, script: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Train one part, or read its results where it is finished."""
-    from hydra import compose, initialize_config_dir
-
-    from tessera.run.post_train import post_train
-    from tessera.run.train import train
-
     given = [f"experiment={chain.dataset}/{recipe}", f"name={chain.name(part)}", f"paths.outputs={chain.outputs}"]
-    given += [f"seed={chain.seed}", "ckpt=auto", *overrides, *chain.overrides]
-    with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose(script, overrides=given)
+    given += [f"seed={chain.seed}", *overrides, *chain.overrides]
     log.info("%s: python %s.py %s", part, script, " ".join(given[:1] + overrides))
-    return {"train": train, "post_train": post_train}[script](cfg)
+    return run_recipe(script, given)
 
 
 def table_rows(chains: dict[tuple[str, int], Results]) -> list[tuple[str, str, dict[str, list[float]]]]:
@@ -148,8 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="chains at a time")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides, for every part")
     args = parser.parse_args(arguments)
-    for variable in THREAD_VARIABLES:  # inherited by the workers, whose torch reads them when it starts
-        os.environ.setdefault(variable, "1")
+    single_threaded()
     start = time.perf_counter()
     chains = [
         Chain(args.dataset, kind, seed, args.outputs.absolute(), tuple(args.overrides))
