@@ -11,6 +11,7 @@ from tessera.callbacks.ema import ema_weights
 from tessera.distributed import rank
 from tessera.errors import CheckpointError, MissingFileError
 from tessera.run.build import plain, read_checkpoint
+from tessera.run.load import is_published
 from tessera.run.results import FILE
 from tessera.run.subject import Subject
 from tessera.zoo import ModelCard, export, push_to_hub
@@ -77,8 +78,8 @@ class Export:
         return found
 
     def card(self, kind: str, checkpoint: str, weights: str, results: Sequence[str] | None) -> ModelCard | None:
-        """What a checkpoint and its run tell of a model; None of an exported folder, which has a card."""
-        if Path(checkpoint).is_dir():
+        """What a checkpoint and its run tell of a model; None of an exported folder (it has one) or a published one."""
+        if is_published(checkpoint) or Path(checkpoint).is_dir():
             return None
         content = read_checkpoint(checkpoint)
         record = content["tessera"]

@@ -11,14 +11,18 @@ from tessera.backbones.tuning import LoRA, merge, tune
 from tessera.callbacks.ema import ema_weights
 from tessera.data import ImageDataset
 from tessera.errors import CheckpointError, ConfigError
+from tessera.generators.base import Generator
 from tessera.run.build import make, read_checkpoint
 from tessera.tokenizers import Tokenizer
 from tessera.zoo.export import from_pretrained, given_weights
 from tessera.zoo.keys import load_strictly
+from tessera.zoo.loading import load
+from tessera.zoo.registry import Checkpoint, info
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("ema", "raw")
+ZOO = "zoo:"  # begins the path of a published checkpoint: zoo:<name>, or zoo:<name>@<its file>
 
 
 def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Path) -> nn.Module:
@@ -50,10 +54,11 @@ def load_tokenizer(
     encoder_tuning: str | LoRA | None = None,
     decoder_tuning: str | LoRA | None = None,
 ) -> nn.Module:
-    """The tokenizer of a main-training or post-training checkpoint, or of an exported folder, in eval mode.
+    """The tokenizer of a main-training or post-training checkpoint, or an exported or published one, in eval mode.
 
     Args:
-        path: a .ckpt file, or a folder written by `tessera.zoo.export`.
+        path: a .ckpt file, a folder written by `tessera.zoo.export`, or a published checkpoint: `zoo:` and one of
+            `tessera.zoo.names()`, with `@` and its file where it isn't to be fetched from the hub.
         weights: "ema" (averaged where the checkpoint has them) or "raw".
         encoder_tuning, decoder_tuning: for fine-tuning, what of them trains from here on: full, lora or frozen, or a
             `LoRA`. Adapters they have already are folded into the weights first. None: as it was.
@@ -62,8 +67,8 @@ def load_tokenizer(
         MissingFileError, CheckpointError: no such file; not a tokenizer; another architecture.
         ConfigError: adapters for a backbone that can't have them.
     """
-    if Path(path).is_dir():
-        tokenizer = from_pretrained(path)
+    if is_published(path) or Path(path).is_dir():
+        tokenizer = _published(path) if is_published(path) else from_pretrained(path)
         if not isinstance(tokenizer, Tokenizer):
             raise CheckpointError(f"{path} holds a {type(tokenizer).__name__}, no tokenizer")
     else:
@@ -78,8 +83,31 @@ def load_tokenizer(
     return tokenizer.eval()
 
 
+def is_published(path: str | Path) -> bool:
+    """Whether a path names a checkpoint of the zoo."""
+    return str(path).startswith(ZOO)
+
+
+def published_entry(path: str) -> Checkpoint:
+    """What the zoo knows of the checkpoint that a path names."""
+    return info(path.removeprefix(ZOO).partition("@")[0])
+
+
+def _published(path: str) -> nn.Module:
+    name, _, file = path.removeprefix(ZOO).partition("@")
+    return load(name, file or None)
+
+
 def load_generator(path: str, weights: str = "raw") -> nn.Module:
-    """The generator of a generator-training checkpoint, in eval mode; arguments and errors as `load_tokenizer`."""
+    """The generator of a generator-training checkpoint, or an exported or published one, in eval mode.
+
+    Arguments and errors are those of `load_tokenizer`.
+    """
+    if is_published(path) or Path(path).is_dir():
+        generator = _published(path) if is_published(path) else from_pretrained(path)
+        if not isinstance(generator, Generator):
+            raise CheckpointError(f"{path} holds a {type(generator).__name__}, no generator")
+        return generator
     checkpoint = read_checkpoint(path)
     generator = _module(checkpoint, "generator", weights, path)
     generator.tokenizer_fingerprint = checkpoint["tessera"]["tokenizer_fingerprint"]
@@ -92,7 +120,7 @@ def load_discriminator(stage: nn.Module, path: str) -> bool:
     Returns:
         Whether there was one; a stage without a discriminator, an exported tokenizer, or another architecture has none.
     """
-    if stage.discriminator is None or Path(path).is_dir():
+    if stage.discriminator is None or is_published(path) or Path(path).is_dir():
         return False
     state = read_checkpoint(path)["state_dict"]
     parts = {name: getattr(stage, name) for name in ("discriminator", "lecam")}
@@ -109,9 +137,10 @@ def load_discriminator(stage: nn.Module, path: str) -> bool:
 
 def check_token_space(generator: nn.Module, tokenizer: nn.Module, path: str | Path) -> None:
     """Refuse a tokenizer whose tokens are not those the generator was trained on; else bind the generator to it."""
-    if generator.tokenizer_fingerprint != tokenizer.fingerprint():
+    expected = generator.tokenizer_fingerprint
+    if expected is not None and expected != tokenizer.fingerprint():
         raise CheckpointError(
-            f"the generator was trained on the tokens of tokenizer {generator.tokenizer_fingerprint}, but {path} is "
+            f"the generator was trained on the tokens of tokenizer {expected}, but {path} is "
             f"{tokenizer.fingerprint()}; give the tokenizer it was trained with (or one post-trained from it)"
         )
     generator.bind(tokenizer.quantizer)

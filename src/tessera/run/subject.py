@@ -13,7 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from tessera.data import ImageDataModule
 from tessera.errors import ConfigError
 from tessera.run.build import build_trainer, make, read_checkpoint
-from tessera.run.load import check_classes, check_token_space, load_generator, load_tokenizer
+from tessera.run.load import (
+    check_classes,
+    check_token_space,
+    is_published,
+    load_generator,
+    load_tokenizer,
+    published_entry,
+)
 from tessera.stages.evaluation import Evaluation
 from tessera.tokenizers import Tokenizer
 
@@ -50,6 +57,8 @@ class Subject:
     @cached_property
     def holds_generator(self) -> bool:
         """Whether the checkpoint is a generator's; an exported folder is taken for a tokenizer's."""
+        if is_published(self.ckpt):
+            return published_entry(self.ckpt).kind == "generator"
         return not Path(self.ckpt).is_dir() and "generator" in read_checkpoint(self.ckpt)["tessera"]["architecture"]
 
     def tokenizer(self) -> Tokenizer:
@@ -144,7 +153,7 @@ def adopt_training_config(cfg: DictConfig) -> None:
 
     An exported folder doesn't say what it was trained on.
     """
-    if cfg.ckpt is not None and not Path(cfg.ckpt).is_dir():
+    if cfg.ckpt is not None and not is_published(cfg.ckpt) and not Path(cfg.ckpt).is_dir():
         trained = read_checkpoint(cfg.ckpt)["tessera"]["config"]
         for key in ("data", "metrics", "sampling"):
             if cfg.get(key) is None and trained.get(key) is not None:
