@@ -12,7 +12,7 @@ export MKL_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format docs demo fashion-mnist claims tiny-models bench clean
+.PHONY: help setup test lint format docs demo fashion-mnist claims tiny-models notebooks bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ reproduce-list: $(STAMP)  ## list the published rows that `make reproduce-ROW` t
 # CHECKPOINT=1 evaluates the row's published checkpoint instead of training; DRY=1 checks every command and runs none
 reproduce-%: $(STAMP)
 	@$(BIN)/python -m tessera.run.reproduce $* $(if $(CHECKPOINT),--checkpoint) $(if $(DRY),--dry-run) -- $(ARGS)
+
+notebooks: $(STAMP)  ## run the notebooks and save their pictures in them
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 bench: $(STAMP)  ## run the benchmarks; each prints a ratio
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
