@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from forked import run_forked
+from tessera import distributed
 from tessera.distributed import all_gather_with_grad
 
 
@@ -22,3 +24,13 @@ def test_gathered_rows_carry_the_gradient_of_all_processes():
     assert first == second == rows.tolist()
     # each process computes the same loss, so that its part gets twice the gradient, which the mean over two undoes
     torch.testing.assert_close(torch.tensor(grad0 + grad1) / 2, rows.grad)
+
+
+@pytest.mark.parametrize(("count", "world"), [(10, 3), (2, 4), (50_000, 7)])
+def test_shares_hold_every_sample_once(monkeypatch, count, world):
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts += distributed.share(count)
+    assert parts == list(range(count))

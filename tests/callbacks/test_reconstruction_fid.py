@@ -3,9 +3,11 @@ import torch
 
 from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
-from tessera.callbacks import ReconstructionFID, ReconstructionQuality
+from tessera.callbacks import GenerationFID, ReconstructionFID, ReconstructionQuality
 from tessera.errors import ConfigError, DataError
+from tessera.metrics import DigitsFeatures
 from tessera.metrics.fid import FrechetDistance
+from tessera.metrics.image_sets import subset_numbers
 from tessera.metrics.reconstruction import psnr, ssim, unit_range
 
 
@@ -42,6 +44,35 @@ def test_quality_is_per_image():
     values = {figure.label: figure.value for figure in callback.figures}
     assert values["PSNR@N=23"] == pytest.approx(float(psnr(*pair).mean()), abs=1e-4)
     assert values["SSIM[uniform7]@N=23"] == pytest.approx(float(ssim(*pair).mean()), abs=1e-4)
+
+
+def test_a_quick_figure_takes_the_same_images_in_any_batches():
+    stage, data = TinyStage(), TinyData()
+    chosen = subset_numbers(23, 9)
+    images = data.val.images[chosen]
+    with torch.no_grad():
+        recon = stage.tokenizer.reconstruct(images)
+    expected = float(psnr(unit_range(recon), unit_range(images)).mean())
+    for batch_size in (2, 8):  # of two, some have none of the chosen images
+        callback = ReconstructionQuality(num_samples=9)
+        validate([callback], stage, TinyData(batch_size=batch_size))
+        assert [figure.label for figure in callback.figures] == ["PSNR@N=9", "SSIM[uniform7]@N=9"]
+        assert callback.figures[0].value == pytest.approx(expected, rel=1e-5)
+    assert set(subset_numbers(23, 5).tolist()) < set(chosen.tolist())
+    with pytest.raises(ConfigError, match="num_samples=24 must be between 2 and the 23 images"):
+        validate([ReconstructionFID(TinyFeatures(), num_samples=24)], stage, data)
+    with pytest.raises(ConfigError, match="num_samples=1 must be at least 2"):
+        ReconstructionQuality(num_samples=1)
+
+
+def test_networks_that_measure_are_in_no_checkpoint(tmp_path):
+    callbacks = [ReconstructionFID(DigitsFeatures()), ReconstructionQuality(), GenerationFID(DigitsFeatures(), 4)]
+    trainer = validate(callbacks, data=TinyData(val=4, train=6))
+    trainer.save_checkpoint(tmp_path / "all.ckpt")
+    content = torch.load(tmp_path / "all.ckpt", weights_only=True)
+    assert set(content["state_dict"]) == set(TinyStage().state_dict())
+    saved = [value for state in content["callbacks"].values() for value in state.values()]
+    assert saved == [1, 1, 1]  # the cadence is all that callbacks save
 
 
 def test_cadence_is_kept_across_a_resume():

@@ -176,6 +176,9 @@ def test_data_set_as_reference(tmp_path):
     images = DatasetImageSet(DigitsImages("val", resolution=8))
     found = load_reference(images, extractor, keep_features=False)
     assert (found.id, found.crop, found.statistics.n) == ("digits-val", "resize-8", 359)
+    # a file of the statistics alone remembers the crop
+    found.statistics.save(tmp_path / "stored.npz")
+    assert load_reference(tmp_path / "stored.npz", extractor).crop == "resize-8"
     train = DatasetImageSet(DigitsImages("train", resolution=8))
     figures = {figure.name: figure for figure in compare(train, found, extractor, ["FID", "IS"])}
     assert figures["FID"].label == "FID[digits-cnn]@N=1438/ref=digits-val"

@@ -8,6 +8,7 @@ from tessera.metrics.checks import (
     balance_warnings,
     duplicate_warnings,
     extractor_warnings,
+    reference_warnings,
     sample_warnings,
     size_warnings,
 )
@@ -104,6 +105,11 @@ def test_console_line_states_bias_and_warnings():
         f"{few.label} = 12.5000 (about 3.2 of it is to be expected of 100 samples); warning: too few; warning: uneven"
     )
     assert few.to_dict()["warnings"] == ["too few", "uneven"]
+    assert few.describe(warnings=False) == few.describe().partition(";")[0]
+    # rounding may leave a distance of equal sets below 0; a kernel distance may well be negative
+    below = Figure("rFID", -1e-12, Protocol(**STANDARD))
+    assert below.describe() == "rFID = 0.0000" and below.to_dict()["value"] == -1e-12
+    assert Figure("KID", -0.5, Protocol(**STANDARD)).describe().endswith("= -0.5000")
     full = Figure("rFID", 1.5, Protocol(**STANDARD), {"expected_bias": 0.1})
     assert full.describe() == "rFID = 1.5000"
 
@@ -123,6 +129,8 @@ def test_console_line_states_bias_and_warnings():
         (balance_warnings(torch.tensor([5, 5, 9, 9])), None),
         (extractor_warnings("inception-2015-12-05", True), None),
         (extractor_warnings("digits-cnn", False), "digits-cnn features .* no image quality"),
+        (reference_warnings("digits-train"), None),
+        (reference_warnings("imagenet-val"), "imagenet-val is not what a generator learns from"),
         (size_warnings((8, 8), (8, 8)), None),
         (size_warnings((8, 8), None), None),
         (size_warnings((8, 8), (16, 16)), "8 x 8 pixels are compared with ones of 16 x 16"),

@@ -7,14 +7,14 @@ from tessera.metrics.statistics import ADM_EXTRACTOR, Statistics
 
 
 def some(d: int = 4, extractor: str = "tiny:1:none") -> Statistics:
-    return Statistics(torch.arange(d).double(), torch.eye(d).double() * 2, 50, extractor, "set")
+    return Statistics(torch.arange(d).double(), torch.eye(d).double() * 2, 50, extractor, "set", crop="adm-8")
 
 
 def test_round_trip(tmp_path):
     some().save(tmp_path / "deep" / "s.npz")
     loaded = Statistics.load(tmp_path / "deep" / "s.npz", "tiny:1:none")
     assert torch.equal(loaded.mu, some().mu) and torch.equal(loaded.sigma, some().sigma)
-    assert (loaded.n, loaded.extractor, loaded.source) == (50, "tiny:1:none", "set")
+    assert (loaded.n, loaded.extractor, loaded.source, loaded.crop) == (50, "tiny:1:none", "set", "adm-8")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["s.npz"]
 
 

@@ -6,7 +6,7 @@ import pytest
 from run.checkpoints import run
 from tessera.errors import ConfigError, MissingFileError
 from tessera.metrics import DigitsFeatures
-from tessera.metrics.comparison import compare
+from tessera.metrics.comparison import compare, compare_pairs
 from tessera.metrics.image_sets import open_images
 from tessera.metrics.reference import load_reference
 from tessera.run.compare import Comparison
@@ -34,11 +34,30 @@ def test_figures_are_the_librarys(tmp_path, sets):
     assert (found["a"], found["b"]) == (a, b)
 
 
+def test_pairs(tmp_path, sets):
+    a, _ = sets
+    with np.load(a) as content:
+        np.savez(tmp_path / "r.npz", arr_0=content["arr_0"] // 8 * 8)
+    files = [f"task.a={tmp_path}/r.npz", f"task.b={a}", "task.pairs=true"]
+    found = run(tmp_path, "task=compare", "metrics=digits", *files)
+    expected = compare_pairs(open_images(tmp_path / "r.npz"), open_images(a), DigitsFeatures())
+    labels = ["rFID[digits-cnn]@N=60", "PSNR@N=60", "SSIM[uniform7]@N=60"]
+    assert [figure["label"] for figure in found["figures"]] == labels == [figure.label for figure in expected]
+    for figure, other in zip(found["figures"], expected, strict=True):
+        assert figure["value"] == pytest.approx(other.value, rel=1e-5)
+    with pytest.raises(ConfigError, match="LPIPS needs its network"):
+        run(tmp_path, "task=compare", "metrics=digits", *files, "task.figures=[LPIPS]")
+    with pytest.raises(ConfigError, match=r"no use with task\.pairs"):
+        Comparison(a, a, pairs=True, reference_id="x")
+
+
 def test_chosen_figures_alone(tmp_path, sets):
     a, b = sets
     choice = ["task.figures=[FID]", "task.reference_id=mine"]
     found = run(tmp_path, "task=compare", "metrics=digits", f"task.a={a}", f"task.b={b}", *choice)
     assert [figure["label"] for figure in found["figures"]] == ["FID[digits-cnn]@N=60/ref=mine"]
+    # features are kept for figures that need them alone
+    assert not list((tmp_path / "reference_statistics").glob("features-*"))
 
 
 @pytest.mark.parametrize("missing", ["a", "b"])
