@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from conf_commands import composed
 from forked import run_forked
 from generators.generator_cases import CASES, CLASSES, build, quantizer
 from run.checkpoints import generator_checkpoint, run, tokenizer_checkpoint
@@ -260,3 +261,15 @@ def test_commands_that_are_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=match):
             Pairs(**settings)
+
+
+def test_the_published_recipes_are_of_the_same_pairs():
+    """Images of the permutation of seed 42, of which the first five are recorded."""
+    made = composed("eval", ["experiment=robustok/pairs_b", "ckpt=x"])
+    used = composed("post_train", ["experiment=robustok/post_train_b", "tokenizer.path=x", "generator.path=y"])
+    names = ("sigma", "draws", "num_images", "seed", "batch_size")
+    assert {name: made.task[name] for name in names} == {name: used.pairs[name] for name in names}
+    assert made.sampling == used.sampling and made.data.dataset == used.data.dataset
+    settings = PairSettings(**{name: made.task[name] for name in names[:-1]})
+    indices = set(settings.indices(1_281_167))
+    assert len(indices) == 200_000 and indices >= {772957, 412848, 214023, 1211721, 1197191}

@@ -151,7 +151,7 @@ def test_only_robustok_perturbs(recipe):
 
 def test_post_training():
     """robustok.md, section 10."""
-    overrides = ["experiment=robustok/post_train", "tokenizer.path=x", "generator.path=y"]
+    overrides = ["experiment=robustok/post_train_b", "tokenizer.path=x", "generator.path=y"]
     cfg = composed("post_train", overrides)
     assert cfg.pairs.num_images == 200_000 and cfg.pairs.sigma == 0.7
     assert cfg.data.batch_size * cfg.trainer.devices * cfg.trainer.num_nodes == 1024
