@@ -11,6 +11,7 @@ from tessera.metrics.inception_score import InceptionScore
 from tessera.metrics.kid import KernelDistance
 from tessera.metrics.linear_probe import TopKAccuracy
 from tessera.metrics.lpips import LPIPS, LPIPSDistance
+from tessera.metrics.perturbed_fid import measure_perturbed
 from tessera.metrics.precision_recall import PrecisionRecall, precision_recall
 from tessera.metrics.pretrained_features import TimmFeatures, TorchvisionFeatures
 from tessera.metrics.protocol import Figure, Protocol
@@ -48,6 +49,7 @@ __all__ = [
     "compare_pairs",
     "frechet_distance",
     "load_reference",
+    "measure_perturbed",
     "open_images",
     "precision_recall",
 ]

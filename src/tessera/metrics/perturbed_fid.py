@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera import distributed
 from tessera.distributed import all_reduce_sum
 from tessera.metrics.checks import extractor_warnings, sample_warnings
 from tessera.metrics.features import FeatureExtractor
@@ -132,6 +133,41 @@ class PerturbedFrechet:
             *extractor_warnings(self.extractor.name, self.extractor.is_image_quality),
         ]
         return Figure("pFID", mean(list(details["table"].values())), protocol, details, warnings)
+
+
+def measure_perturbed(
+    tokenizer: Any,
+    dataset: Any,
+    extractor: FeatureExtractor,
+    grid: PerturbationGrid | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> Figure:
+    """pFID of a tokenizer on all images of a data set, without a trainer; all processes call it together.
+
+    Args:
+        tokenizer: in eval mode; moved to the device.
+        dataset: a `tessera.data.ImageDataset`; its images in their fixed crop are measured.
+        extractor: of the features.
+        grid: of the settings; None: the published one, with deltas scaled to the codebook.
+        batch_size: per process.
+        device: of tokenizer and extractor.
+
+    Returns:
+        See `PerturbedFrechet.figure`.
+
+    Raises:
+        ConfigError: the tokenizer's quantizer doesn't fit the grid.
+    """
+    sums = PerturbedFrechet(extractor, grid or PerturbationGrid())
+    sums.begin(tokenizer.to(device), device)
+    images, rank, world = dataset.without_augmentation(), distributed.rank(), distributed.world_size()
+    own = range(len(images) * rank // world, len(images) * (rank + 1) // world)
+    for start in range(own.start, own.stop, batch_size):
+        batch = images[list(range(start, min(start + batch_size, own.stop)))]
+        add = sums.measure(tokenizer, batch["image"].to(device), batch["index"].to(device))
+        add(torch.ones(len(batch["index"]), dtype=torch.bool))
+    return sums.figure(tokenizer, len(images), images.crop_id)
 
 
 def mean(values: list[float]) -> float:
