@@ -105,6 +105,23 @@ def frechet_of(metric: FrechetDistance) -> torch.Tensor:
     return frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma, real.n, fake.n)
 
 
+def test_installed_libraries_agree():
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    real, fake = features(90, 12, 1), features(70, 12, 2, 1.3)
+    value = float(distance(real, fake).compute())
+    sides = [fid_features_to_statistics(side) for side in (fake, real)]
+    fidelity = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    identity = torch.nn.Identity()
+    identity.num_features = 12
+    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    # torch-fidelity's means are float32
+    assert value == pytest.approx(float(metric.compute()), rel=1e-9) and value == pytest.approx(fidelity, rel=1e-6)
+
+
 def test_known_value_of_two_gaussians():
     # commuting covariances: tr (S1 S2)^{1/2} = sum sqrt(a b)
     a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 1.0, 0.25])

@@ -72,6 +72,19 @@ def test_published_implementations(case, tmp_path):
     assert compared == set(out)
 
 
+def test_installed_package_agrees(tmp_path):
+    """On a random backbone, of which the package makes its own state."""
+    import lpips
+
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    state = {key: value for key, value in theirs.state_dict().items() if key.startswith("net.")}
+    torch.save(state, tmp_path / "alex.pth")
+    images, recon = pair()
+    with torch.no_grad():
+        expected = theirs(recon, images).flatten()
+    torch.testing.assert_close(LPIPSDistance("alex", tmp_path / "alex.pth")(recon, images), expected)
+
+
 def test_mean_over_images_of_the_rounded_pairs(alex):
     images, recon = pair()
     distance = LPIPSDistance("alex", alex)

@@ -66,9 +66,28 @@ def test_flavours_of_public_code(case):
     # the reported figure is the mean over images of the rounded flavour, whatever the batches
     metric = PSNR()
     for a, b in zip(rec.split(config["batch"]), gt.split(config["batch"]), strict=True):
-        metric.update(a, b)
+        metric.update(a.clamp(-1, 1), b)  # as the public code does
     expected = out["torchmetrics/psnr_rounded_grid"].mean()
     torch.testing.assert_close(metric.compute(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_installed_libraries_agree():
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    images, recon = (unit_range(side) for side in pair())
+    arrays = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(images, recon, strict=True)]
+    theirs = {"psnr": [], "uniform7": [], "gauss11": []}
+    gauss = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    for a, b in arrays:
+        theirs["psnr"].append(peak_signal_noise_ratio(a, b, data_range=1))
+        theirs["uniform7"].append(structural_similarity(a, b, channel_axis=-1, data_range=1))
+        theirs["gauss11"].append(structural_similarity(a, b, channel_axis=-1, data_range=1, **gauss))
+    assert psnr(recon, images).tolist() == pytest.approx(theirs["psnr"], rel=1e-9)
+    for window in ("uniform7", "gauss11"):
+        assert ssim(recon, images, window).tolist() == pytest.approx(theirs[window], rel=1e-6)
+    whole = structural_similarity_index_measure(recon, images, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(recon, images, "gauss11", border="reflect"), whole)
 
 
 def test_perfect_images_have_a_policy():
@@ -122,6 +141,10 @@ def test_uint8_and_float_of_the_same_image_are_equal():
         (lambda x: PSNR(quantisation="floor"), "quantisation='floor'"),
         (lambda x: unit_range(x, "floor"), "quantisation='floor'"),
         (lambda x: PSNR().compute(), "no image"),
+        (lambda x: PSNR().update(x + 1.01, x), r"100\.00% of the pixels are outside \[-1, 1\]"),
+        (lambda x: SSIM(quantisation="none").update(x, 255 * (x + 1)), "rescale images in another range"),
+        (lambda x: SSIM().update(x.long(), x), "int64"),
+        (lambda x: PSNR().update(x[:, :1], x[:, :1]), r"\(B, 3, H, W\), not \(2, 1, 16, 16\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")

@@ -38,9 +38,9 @@ def check_images(images: Tensor) -> None:
         DataError: another shape or dtype.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise DataError(f"an extractor takes images (B, 3, H, W), not {tuple(images.shape)}")
+        raise DataError(f"images to be measured are (B, 3, H, W), not {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise DataError(f"an extractor takes uint8 images or floats in [-1, 1], not {images.dtype}")
+        raise DataError(f"images to be measured are uint8, or floats in [-1, 1], not {images.dtype}")
 
 
 def as_uint8(images: Tensor) -> Tensor:

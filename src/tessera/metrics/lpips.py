@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.losses.lpips_network import BACKBONES, LPIPSNetwork
 from tessera.metrics.features import full_precision
-from tessera.metrics.reconstruction import ImageMean, unit_range
+from tessera.metrics.reconstruction import ImageMean
 
 
 class LPIPSDistance(LPIPSNetwork):
@@ -73,5 +73,5 @@ class LPIPS(ImageMean):
         return self._distance[0].weights_id
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        pair = (2 * unit_range(side, self.quantisation).float() - 1 for side in (images, reference))
+        pair = (2 * self.levels(side).float() - 1 for side in (images, reference))
         return self._distance[0].to(images.device)(*pair).double()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import ConfigError, DataError
+from tessera.metrics.features import as_uint8
 from tessera.metrics.sums import SumMetric
 
 QUANTISATIONS = ("half-up", "truncate", "none")
@@ -149,8 +150,17 @@ class ImageMean(SumMetric):
         self.add_sum("n", dtype=torch.int64)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        """(B,) float64."""
+        """(B,) float64.
+
+        Raises:
+            DataError: other shapes or dtypes, or values out of range.
+        """
         raise NotImplementedError
+
+    def levels(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], see `unit_range`; refuses what is out of range, where that only clamps."""
+        as_uint8(images)  # for its checks
+        return unit_range(images, self.quantisation)
 
     def add(self, values: Tensor, mask: Tensor | None = None) -> None:
         """Add per-image values made by `values`; rows whose mask is False are left out."""
@@ -164,8 +174,11 @@ class ImageMean(SumMetric):
         """Add a batch.
 
         Args:
-            images, reference: (B, 3, H, W) in [-1, 1], or uint8.
+            images, reference: (B, 3, H, W) in [-1, 1], or uint8; clamp what a decoder gives.
             mask: (B,) bool; rows that are False are left out.
+
+        Raises:
+            DataError: other shapes or dtypes, or values out of range.
         """
         self.add(self.values(images, reference), mask)
 
@@ -194,7 +207,7 @@ class PSNR(ImageMean):
         self.add_sum("perfect", dtype=torch.int64)
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return psnr(unit_range(images, self.quantisation), unit_range(reference, self.quantisation))
+        return psnr(self.levels(images), self.levels(reference))
 
     def add(self, values: Tensor, mask: Tensor | None = None) -> None:
         values = values if mask is None else values[mask.to(values.device)]
@@ -226,8 +239,4 @@ class SSIM(ImageMean):
         self.window = window
 
     def values(self, images: Tensor, reference: Tensor) -> Tensor:
-        return ssim(
-            unit_range(images, self.quantisation),
-            unit_range(reference, self.quantisation),
-            window=self.window,
-        )
+        return ssim(self.levels(images), self.levels(reference), window=self.window)

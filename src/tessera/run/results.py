@@ -26,7 +26,7 @@ def log_figures(figures: Iterable[Any]) -> None:
         for warning in figure.warnings:
             warned.setdefault(warning, []).append(figure.name)
     for warning, names in warned.items():
-        log.warning("%s: %s", ", ".join(names), warning)
+        log.warning("warning for %s: %s", ", ".join(names), warning)
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
