@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 PYTHON ?= python3
 ARGS   ?=
+METRICS ?= inception
 
 # Small models on few cores are fastest with one thread per process; the tests run in one process per core.
 export OMP_NUM_THREADS ?= 1
@@ -12,10 +13,10 @@ export MKL_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format docs demo fashion-mnist claims tiny-models notebooks bench clean
+.PHONY: help setup test lint format eval-reconstruction eval-perturbation eval-generation compare docs demo fashion-mnist claims tiny-models notebooks bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make reproduce-ROW: DRY=1 checks its commands and runs none; CHECKPOINT=1 evaluates its published checkpoint."
 	@echo "  PYTHON=python3.12 selects the interpreter of a new $(VENV); ARGS='...' is passed on to what a target runs."
@@ -40,6 +41,18 @@ lint: $(STAMP)  ## check style and format
 format: $(STAMP)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+eval-reconstruction: $(STAMP)  ## rFID, PSNR, SSIM, LPIPS and codebook usage of a tokenizer (CKPT=...)
+	$(BIN)/python eval.py task=reconstruction $(CKPT:%=ckpt=%) $(ARGS)
+
+eval-perturbation: $(STAMP)  ## pFID of a tokenizer (CKPT=...)
+	$(BIN)/python eval.py task=perturbation $(CKPT:%=ckpt=%) $(ARGS)
+
+eval-generation: $(STAMP)  ## gFID, sFID, IS, precision and recall of a generator (CKPT=...)
+	$(BIN)/python eval.py task=generation $(CKPT:%=ckpt=%) $(ARGS)
+
+compare: $(STAMP)  ## the same of images made by anyone (A=...) against a reference (B=...; METRICS=digits: offline)
+	$(BIN)/python eval.py task=compare metrics=$(METRICS) $(A:%=task.a=%) $(B:%=task.b=%) $(ARGS)
 
 docs: $(STAMP)  ## write the table of combinations (docs/combinations.md)
 	$(BIN)/python docs/combinations.py $(ARGS)
