@@ -1,8 +1,6 @@
-"""Published IBQ generators: every row's keys, shapes and count; layouts of checkpoints; strictness."""
+"""Published IBQ generators: the recipes' rows; layouts of checkpoints; strictness."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,33 +12,11 @@ from tessera.generators import Llama
 from tessera.run.build import make
 from tessera.zoo import export, from_pretrained, from_public, ibq_generator
 from tessera.zoo.export import build
-from tessera.zoo.keys import key_problems
+from zoo.published_rows import rows
 
-ROWS = json.loads((Path(__file__).parent / "published" / "ibq_generator.json").read_text())
+ROWS = {name: row for name, row in rows("ibq").items() if row["kind"] != "tokenizer"}
 CASE = pytest.mark.parametrize("case", ["ibq_gpt"])
 STEPS_PER_EPOCH = 1669
-
-
-def meta_state(name):
-    """The published weights; the list has the first block for all."""
-    row = ROWS[name]
-    shapes = {}
-    for key, shape in row["state_dict"].items():
-        repeats = range(row["config"]["n_layer"]) if ".blocks.0." in key else [0]
-        shapes |= {key.replace(".blocks.0.", f".blocks.{i}."): shape for i in repeats}
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_published_row(name):
-    state = meta_state(name)
-    assert len(state) == ROWS[name]["num_keys"]
-    with torch.device("meta"):
-        model = build(ibq_generator.architecture(ROWS[name]["config"]), name)
-    assert key_problems(model.state_dict(), ibq_generator.public_weights({"state_dict": state})) == []
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert round(count / 1e6, 3) == ROWS[name]["params_millions"]
-    assert model.head.weight.shape[1] // model.num_heads == ROWS[name]["config"]["head_dim"]
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -1,66 +1,147 @@
-"""Published tokenizers of IBQ, TiTok, MaskGIT-VQGAN and VAR at full size: every key, every shape, every count."""
+"""Every published checkpoint by its name: keys, shapes and counts at full size, on the meta device."""
 
+import argparse
 import json
-from pathlib import Path
-from typing import Any
+import re
+from collections import OrderedDict
 
 import pytest
 import torch
-from torch import Tensor
 
+from conf_commands import CONF
+from tessera import zoo
+from tessera.errors import CheckpointError
+from tessera.generators import Generator
 from tessera.tokenizers import Tokenizer
-from tessera.zoo import ibq, maskgit, titok, var
-from tessera.zoo.export import build
-from tessera.zoo.keys import key_problems, rename
-
-FOLDER = Path(__file__).parent / "published"
-ROWS = {
-    (path.stem, name): row
-    for path in sorted(FOLDER.glob("*.json"))
-    if not path.stem.endswith("_generator")
-    if not path.stem.endswith("_generator")  # theirs is a test of its own
-    for name, row in json.loads(path.read_text()).items()
-}
+from zoo.published_rows import FOLDER, ROWS, expanded, meta_state, millions, rows
 
 
-def published_shapes(family: str, name: str) -> dict[str, list[int]]:
-    row = ROWS[family, name]
-    base = published_shapes(family, row["same_state_dict_as"]) if "same_state_dict_as" in row else row["state_dict"]
-    return {**base, **row.get("shape_overrides", {})}
+def registered(family, name):
+    """Our name of a row."""
+    found = [
+        entry.name
+        for entry in map(zoo.info, zoo.names() + zoo.names("file"))
+        if f"{family}: {name}" in entry.published or (entry.family == family and name in entry.published)
+    ]
+    assert len(found) == 1, found
+    return found[0]
 
 
-def meta_state(family: str, name: str) -> dict[str, Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in published_shapes(family, name).items()}
+def published_count(family, row):
+    """Parameters without frozen teachers, in millions; None where the row has no figure."""
+    count = row.get("params_millions_inference", row.get("params_millions"))
+    if isinstance(count, dict):
+        return count["without_semantic_teacher"]
+    parts = row.get("params_breakdown", {})
+    if "semantic_model" in parts:
+        return round(sum(value for part, value in parts.items() if part != "semantic_model") / 1e6, 3)
+    return count
 
 
-def built(family: str, name: str) -> tuple[Tokenizer, dict[str, Tensor]]:
-    """Our tokenizer on the meta device, and the published weights under our names."""
-    config: dict[str, Any] = ROWS[family, name]["config"]
-    state = meta_state(family, name)
-    with torch.device("meta"):
-        if family == "ibq":
-            return build(ibq.architecture(config), name), rename(ibq.public_weights(state), ibq.rules(5))
-        if family == "var":
-            return build(var.architecture(config), name), var.renamed(state, 5)
-        if name.startswith("maskgit"):
-            return build(maskgit.architecture(config), name), rename(state, maskgit.rules(5))
-        tokenizer = build(titok.architecture(config), name)
-        return tokenizer, titok.renamed(tokenizer, state)
-
-
-def test_the_lists_are_there():
-    assert {family: sum(f == family for f, _ in ROWS) for family, _ in ROWS} == {"ibq": 6, "titok": 10, "var": 1}
+def layout(family, name, state):
+    """A published file's content around the weights that its figures are of."""
+    entry = zoo.info(registered(family, name))
+    if entry.parts == ("ema", "model", "state_dict"):
+        return {
+            "model": {key: value for key, value in state.items() if "lvl1LC" not in key},
+            "ema": state,
+            "optimizer": {"state": {}, "param_groups": []},
+            "steps": 7,
+            "args": argparse.Namespace(vq_model="VQ-16", lr=3e-5, scales=[16], cloud=None),
+        }
+    if entry.parts == ("state_dict",):
+        return {"state_dict": state, "epoch": 3, "global_step": 9}
+    if entry.parts and entry.parts[0].startswith("trainer"):
+        parts = {"var_wo_ddp": state, "vae_local": meta_state("var", "MSVR10P2-4096-in-VAR-ckpt")}
+        if entry.kind == "tokenizer":
+            parts = {"var_wo_ddp": meta_state("var", "VAR-d17-MSVR10P2-4096"), "vae_local": state}
+        return {"epoch": 1, "iter": 0, "trainer": {"config": {}, **parts}, "args": OrderedDict(depth=17)}
+    return state
 
 
 @pytest.mark.parametrize(("family", "name"), ROWS)
-def test_keys_shapes_and_count(family, name):
-    tokenizer, state = built(family, name)
-    assert key_problems(tokenizer.state_dict(), state) == []
-    count = sum(p.numel() for p in tokenizer.parameters())
-    assert round(count / 1e6, 3) == ROWS[family, name]["params_millions"]
+def test_row_is_loaded_by_name(family, name, tmp_path):
+    """From a file of the published layout, strictly: every listed key is used, ignored by name, or an error."""
+    path, state = tmp_path / "published.bin", meta_state(family, name)
+    torch.save(layout(family, name, state), path)
+    entry, row = zoo.info(registered(family, name)), rows(family)[name]
+    model = zoo.load(entry.name, path, check_hash=False)
+    assert isinstance(model, Tokenizer if entry.kind == "tokenizer" else Generator) and not model.training
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert millions(model) == entry.params_millions == published_count(family, row) or (
+        millions(model) == entry.params_millions and published_count(family, row) is None
+    )
+    if family != entry.family or name != entry.published[0]:  # hyper-parameters in other words
+        assert millions(zoo.from_public(family, row["config"], state)) == millions(model)
+    if entry.kind == "generator":
+        decoder = zoo.info(entry.tokenizer)
+        assert decoder.kind == "tokenizer" and decoder.resolution == entry.resolution
+        model.check_sampling(model.sampling)
+    else:
+        assert model.resolution == entry.resolution
 
 
-def test_a_changed_list_is_noticed():
-    tokenizer, state = built("ibq", "ibq-tokenizer-1024")
-    state["encoder.conv_blocks.0.res.4.conv1.weight"] = state.pop("encoder.conv_blocks.0.res.3.conv1.weight")
-    assert len(key_problems(tokenizer.state_dict(), state)) == 2
+TRAINING_ONLY = {
+    "tokenizer", "cls", "image_range", "train_args", "sample_args", "training", "sampling_reported", "lossconfig",
+    "use_ema", "ema_decay",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "name"), [*ROWS, *(("eval", name) for name in rows("eval"))])
+def test_row_is_described_as_published(family, name):
+    entry, row = zoo.info(registered(family, name)), rows(family)[name]
+    if family == entry.family and name == entry.published[0] and isinstance(row["config"], dict) and entry.config:
+        assert all(row["config"][key] == value for key, value in entry.config.items())
+        assert row["config"].keys() - entry.config.keys() <= TRAINING_ONLY
+    if family != "eval":
+        assert (row["hub_repo"], row["filename"]) in {(entry.repository, entry.filename), *entry.mirrors}
+    assert row.get("sha256") in (None, entry.sha256)
+    # equal weights have one entry, and a generator's figures stand with the tokenizer that they need
+    related = [entry, *([zoo.info(entry.tokenizer)] if entry.tokenizer else [])]
+    figures = {value for other in related for value in published_figures(other)}
+    assert {str(value) for value in entry.reported.values()} <= figures
+    assert bool(entry.reported) == bool(entry.protocol)
+
+
+def published_figures(entry):
+    """Every number that is published of an entry, also inside a text."""
+    for text in entry.published:
+        family, _, name = text.rpartition(": ")
+        yield from re.findall(r"\d+(?:\.\d+)?", json.dumps(rows(family or entry.family)[name]["reported"]))
+
+
+@pytest.mark.parametrize("name", zoo.names("generator"))
+def test_sampling_settings_are_those_of_the_configuration(name):
+    import yaml
+
+    entry = zoo.info(name)
+    chosen = yaml.safe_load((CONF / "sampling" / f"{entry.sampling}.yaml").read_text())
+    if entry.sampling != "default":
+        assert entry.settings == {key: value for key, value in chosen.items() if key not in ("defaults", "_target_")}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "key"),
+    [
+        ("ibq", "ibq-ar-b", "transformer.blocks.0.attention.wo.weight"),
+        ("ibq", "ibq-tokenizer-1024", "quant_conv.bias"),
+        ("rar", "rar_b", "blocks.3.norm2.weight"),
+        ("titok", "titok_s128", "encoder.ln_pre.bias"),
+        ("titok", "titok_s128_generator", "mid_block.norm1.weight"),
+        ("var", "VAR-d16", "blocks.3.ffn.fc1.bias"),
+        ("xqgan", "VQ-4096", "encoder.model.blocks.3.norm1.weight"),
+    ],
+)
+def test_a_changed_list_is_noticed(family, name, key):
+    state = meta_state(family, name)
+    state[f"{key}.stray"] = state.pop(key)
+    with pytest.raises(CheckpointError, match=r"missing .*unexpected|no partner"):
+        zoo.from_public(family, rows(family)[name]["config"], state)
+
+
+def test_frozen_teachers_in_the_file_are_ignored(tmp_path):
+    shapes = expanded(json.loads((FOLDER / "teachers.json").read_text()))
+    teachers = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    path = tmp_path / "with_teachers.pt"
+    torch.save({"ema": {**meta_state("xqgan", "MSBR10P2-4096"), **teachers}}, path)
+    assert millions(zoo.load("xqgan/msbr10p2_4096", path)) == zoo.info("xqgan/msbr10p2_4096").params_millions

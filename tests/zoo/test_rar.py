@@ -1,11 +1,7 @@
-"""Published generators of RAR and RobusTok: every row's keys, shapes and count; the recipes' rows; strictness."""
-
-import json
-from pathlib import Path
+"""Published generators of RAR and RobusTok: the recipes' rows; layouts of options; strictness."""
 
 import pytest
 import torch
-from torch import Tensor
 
 from conf_commands import composed
 from golden_cases import golden
@@ -14,30 +10,10 @@ from tessera.generators import RAR
 from tessera.run.build import make
 from tessera.zoo import export, from_pretrained, from_public, rar
 from tessera.zoo.export import build
-from tessera.zoo.keys import key_problems
+from zoo.published_rows import rows
 
-ROWS = json.loads((Path(__file__).parent / "published" / "rar_generator.json").read_text())
+ROWS = rows("rar")
 CASES = pytest.mark.parametrize("case", ["rar_forward", "robustok_gen_tf"])
-
-
-def meta_state(name: str) -> dict[str, Tensor]:
-    """The published weights; the list has the first block for all."""
-    depth, shapes = ROWS[name]["config"]["num_hidden_layers"], {}
-    for key, shape in ROWS[name]["state_dict"].items():
-        copies = range(depth) if key.startswith("blocks.0.") else [0]
-        shapes |= {key.replace("blocks.0.", f"blocks.{i}."): shape for i in copies}
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_published_row(name):
-    row, state = ROWS[name], meta_state(name)
-    assert len(state) == row["num_keys"] and rar.is_generator(row["config"])
-    with torch.device("meta"):
-        model = build(rar.architecture(row["config"]), name)
-    assert key_problems(model.state_dict(), state) == []
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3) == row["params_millions"]
-    assert model.hidden_size // model.num_heads == row["config"]["head_dim"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -47,6 +23,7 @@ def test_recipe_is_the_published_row(name):
     recipe = f"robustok/generator_{size}" if "robustok" in system else f"rar/{size}"
     cfg = composed("train", [f"experiment={recipe}", "tokenizer.path=somewhere.ckpt"])
     published = rar.architecture(row["config"])
+    assert rar.is_generator(row["config"])
     with torch.device("meta"):
         sizes = {key: published[key] for key in ("codebook_size", "num_tokens", "num_classes")}
         ours, theirs = make(cfg.generator)(**sizes), build(published, name)

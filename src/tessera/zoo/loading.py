@@ -99,8 +99,13 @@ def _whose(content: Mapping[str, Any], entry: Checkpoint) -> str:
     shapes = _on_meta(content)
     others = [info(name) for name in names() if info(name).config and info(name).config != entry.config]
     for other in sorted(others, key=lambda other: (other.kind != entry.kind, other.filename != entry.filename)):
+        part = part_of(shapes, other.parts)
+        elements = sum(value.numel() for value in part.values() if isinstance(value, Tensor))
+        # a file has all parameters once, and seldom more than twice: no need to build the others
+        if not 0.999e6 * (other.params_millions or 0) <= elements <= 2.2e6 * (other.params_millions or 0):
+            continue
         try:
-            from_public(other.family, other.config, part_of(shapes, other.parts))
+            from_public(other.family, other.config, part)
         except TesseraError:
             continue
         return f"; it fits {other.name}"
