@@ -5,12 +5,10 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
-from tessera.run.strict import check_config
+from tessera.run import compose
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -29,20 +27,7 @@ def composed(primary: str, overrides: Iterable[str], fill: bool = True) -> DictC
     overrides = list(overrides)
     if primary == "eval" and not any(text.startswith("metrics=") for text in overrides):
         overrides.append("metrics=digits")  # otherwise the checkpoint's
-    with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose(primary, overrides, return_hydra_config=True)
-    previous = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(cfg)
-    try:
-        with open_dict(cfg):
-            del cfg["hydra"]
-        if fill:
-            for key in OmegaConf.missing_keys(cfg):
-                OmegaConf.update(cfg, key, PLACEHOLDER)
-        check_config(cfg, primary, CONF)
-        return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    finally:
-        HydraConfig.instance().cfg = previous
+    return compose.composed(primary, overrides, PLACEHOLDER if fill else None)[0]
 
 
 def script_commands(text: str) -> Iterator[tuple[str, list[str]]]:
