@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera.zoo import from_public
+from tessera import zoo
+from tessera.zoo import Checkpoint, from_public
 
 FOLDER = Path(__file__).parent / "published"
 FAMILIES = ("ibq", "rar", "robustok", "titok", "var", "xqgan")
@@ -66,3 +67,11 @@ def published_model(family: str, name: str) -> nn.Module:
 def millions(model: nn.Module) -> float:
     """Parameters of a model, in millions, as published: with three decimals."""
     return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 3)
+
+
+def registered(family: str, name: str) -> Checkpoint:
+    """The zoo's only entry of a row."""
+    entries = map(zoo.info, zoo.names() + zoo.names("file"))
+    found = [e for e in entries if (name if e.family == family else f"{family}: {name}") in e.published]
+    assert len(found) == 1, f"{family} {name}: {[entry.name for entry in found]}"
+    return found[0]

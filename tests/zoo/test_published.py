@@ -13,18 +13,7 @@ from tessera import zoo
 from tessera.errors import CheckpointError
 from tessera.generators import Generator
 from tessera.tokenizers import Tokenizer
-from zoo.published_rows import FOLDER, ROWS, expanded, meta_state, millions, rows
-
-
-def registered(family, name):
-    """Our name of a row."""
-    found = [
-        entry.name
-        for entry in map(zoo.info, zoo.names() + zoo.names("file"))
-        if f"{family}: {name}" in entry.published or (entry.family == family and name in entry.published)
-    ]
-    assert len(found) == 1, found
-    return found[0]
+from zoo.published_rows import FOLDER, ROWS, expanded, meta_state, millions, registered, rows
 
 
 def published_count(family, row):
@@ -40,7 +29,7 @@ def published_count(family, row):
 
 def layout(family, name, state):
     """A published file's content around the weights that its figures are of."""
-    entry = zoo.info(registered(family, name))
+    entry = registered(family, name)
     if entry.parts == ("ema", "model", "state_dict"):
         return {
             "model": {key: value for key, value in state.items() if "lvl1LC" not in key},
@@ -64,7 +53,7 @@ def test_row_is_loaded_by_name(family, name, tmp_path):
     """From a file of the published layout, strictly: every listed key is used, ignored by name, or an error."""
     path, state = tmp_path / "published.bin", meta_state(family, name)
     torch.save(layout(family, name, state), path)
-    entry, row = zoo.info(registered(family, name)), rows(family)[name]
+    entry, row = registered(family, name), rows(family)[name]
     model = zoo.load(entry.name, path, check_hash=False)
     assert isinstance(model, Tokenizer if entry.kind == "tokenizer" else Generator) and not model.training
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -89,7 +78,7 @@ TRAINING_ONLY = {
 
 @pytest.mark.parametrize(("family", "name"), [*ROWS, *(("eval", name) for name in rows("eval"))])
 def test_row_is_described_as_published(family, name):
-    entry, row = zoo.info(registered(family, name)), rows(family)[name]
+    entry, row = registered(family, name), rows(family)[name]
     if family == entry.family and name == entry.published[0] and isinstance(row["config"], dict) and entry.config:
         assert all(row["config"][key] == value for key, value in entry.config.items())
         assert row["config"].keys() - entry.config.keys() <= TRAINING_ONLY
