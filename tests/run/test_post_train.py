@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
+from forked import run_forked
 from run.checkpoints import CONF, generator_checkpoint, run, tokenizer_checkpoint
 from stage_setup import tokenizer
 from tessera.callbacks import GenerationFID, LastCheckpoint
@@ -254,3 +255,37 @@ def test_settings_of_given_pairs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(HydraConfig, "get", lambda: overrides)
     with pytest.raises(ConfigError, match=r"pairs\.sigma=0\.5 has no effect on pairs\.path=x"):
         refuse_ignored_settings("x")
+
+
+def _in_two(rank, world, outputs):
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    results = post(outputs, *SHARED, "trainer.devices=2", "+trainer.strategy=ddp", "data.batch_size=8")
+    return results["published"], values(results), results["reencoded_agreement"]
+
+
+# no Adam, which makes steps of the rounding errors of gradients that are zero
+SHARED = [
+    "early_stopping.patience=1",
+    "stage.source=reencode",
+    "stage.l2_start=0.01",
+    "stage.clean_share=0.3",
+    "stage.optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 0.1}",
+]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """The whole command: pairs, figures, training, early stopping and the averages that it publishes."""
+    alone = post(tmp_path / "one", *SHARED)
+    tokenizer_checkpoint(tmp_path / "two"), generator_checkpoint(tmp_path / "two")
+    both, other = run_forked(_in_two, tmp_path / "two")
+    assert both == other
+    published, figures, agreement = both
+    assert published["step"] == alone["published"]["step"] and agreement == pytest.approx(alone["reencoded_agreement"])
+    for when, found in values(alone).items():
+        for (label, value), (their_label, their_value) in zip(found, figures[when], strict=True):
+            assert label == their_label and their_value == pytest.approx(value, rel=1e-3)
+    (one,), (two,) = ((tmp_path / name / "tokens").iterdir() for name in ("one", "two"))
+    assert (one / "tokens.bin").read_bytes() == (two / "tokens.bin").read_bytes() and one.name == two.name
+    for kind in ("raw", "ema"):
+        together = load_tokenizer(f"{tmp_path}/two/p/checkpoints/last.ckpt", kind).state_dict()
+        torch.testing.assert_close(together, dict(weights(alone, kind)), atol=2e-5, rtol=1e-4)
