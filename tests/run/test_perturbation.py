@@ -2,17 +2,14 @@
 
 import json
 import logging
-import os
 from functools import partial
 
-import lightning
 import pytest
 import torch
 
 from figure_setup import TinyFeatures, tiny_tokenizer, validate
 from forked import run_forked
 from run.checkpoints import generator_checkpoint, run, tokenizer_checkpoint
-from tessera import distributed
 from tessera.callbacks import PerturbedFID
 from tessera.data import DigitsImages, ImageDataModule
 from tessera.errors import ConfigError
@@ -37,18 +34,13 @@ def multiscale_tokenizer() -> Tokenizer:
     return Tokenizer(plain.encoder, quantizer, plain.decoder, 16).eval()
 
 
-def data(batch_size: int = 200) -> ImageDataModule:
-    return ImageDataModule(partial(DigitsImages, resolution=16), batch_size=batch_size)
-
-
-def trainer(**changes) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    return lightning.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **changes)
+def data() -> ImageDataModule:
+    return ImageDataModule(partial(DigitsImages, resolution=16), batch_size=200)
 
 
 def measure(tokenizer, **options):
     task = PerturbedReconstruction(**{**QUICK, "num_samples": 60, **options})
-    return task.measure(tokenizer, TinyFeatures(), data(options.get("batch_size") or 200), trainer())
+    return list(task.measure(tokenizer, TinyFeatures(), data().images("val"), task.grids(tokenizer.quantizer)))
 
 
 def test_gives_what_the_callback_gives():
@@ -89,14 +81,8 @@ def test_batch_size_does_not_matter():
 
 
 def _ranks(rank, world):
-    settings = {}
-    if distributed.is_distributed():
-        from lightning.pytorch.strategies import DDPStrategy
-
-        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        settings = {"devices": world, "strategy": DDPStrategy(process_group_backend="gloo")}
-    task = PerturbedReconstruction(alphas=[0.7], deltas=[4], each_branch=True, num_samples=51, batch_size=20)
-    figures = task.measure(multiscale_tokenizer(), TinyFeatures(), data(), trainer(**settings))
+    options = {"alphas": [0.7], "deltas": [4], "each_branch": True, "num_samples": 51, "batch_size": 20}
+    figures = measure(multiscale_tokenizer(), **options)
     return {figure.label: (figure.value, figure.details["changed_share"]) for figure in figures}
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tessera import distributed
-from tessera.distributed import all_reduce_sum
+from tessera.distributed import all_reduce_sum, share
 from tessera.metrics.checks import extractor_warnings, sample_warnings
 from tessera.metrics.features import FeatureExtractor
 from tessera.metrics.fid import FrechetDistance
+from tessera.metrics.image_sets import subset_numbers
 from tessera.metrics.protocol import Figure, Protocol
 from tessera.perturbation.grid import PerturbationGrid, Setting
 
@@ -142,8 +143,10 @@ def measure_perturbed(
     grid: PerturbationGrid | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    num_samples: int | None = None,
+    num_workers: int = 0,
 ) -> Figure:
-    """pFID of a tokenizer on all images of a data set, without a trainer; all processes call it together.
+    """pFID of a tokenizer on the images of a data set, without a trainer; all processes call it together.
 
     Args:
         tokenizer: in eval mode; moved to the device.
@@ -152,22 +155,31 @@ def measure_perturbed(
         grid: of the settings; None: the published one, with deltas scaled to the codebook.
         batch_size: per process.
         device: of tokenizer and extractor.
+        num_samples: of the images, see `subset_numbers`; None: all.
+        num_workers: processes that read images.
 
     Returns:
         See `PerturbedFrechet.figure`.
 
     Raises:
-        ConfigError: the tokenizer's quantizer doesn't fit the grid.
+        ConfigError: the tokenizer's quantizer doesn't fit the grid; more samples than images.
     """
+    numbers = subset_numbers(len(dataset), num_samples)
     sums = PerturbedFrechet(extractor, grid or PerturbationGrid())
     sums.begin(tokenizer.to(device), device)
-    images, rank, world = dataset.without_augmentation(), distributed.rank(), distributed.world_size()
-    own = range(len(images) * rank // world, len(images) * (rank + 1) // world)
-    for start in range(own.start, own.stop, batch_size):
-        batch = images[list(range(start, min(start + batch_size, own.stop)))]
+    own = share(len(numbers))
+    batches = [part.tolist() for part in numbers[own.start : own.stop].split(batch_size) if len(part)]
+    loader = DataLoader(
+        dataset.without_augmentation(),
+        batch_size=None,  # the keys are batches already
+        sampler=batches,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # drawing the workers' seeds must not advance torch's global one
+    )
+    for batch in loader:
         add = sums.measure(tokenizer, batch["image"].to(device), batch["index"].to(device))
         add(torch.ones(len(batch["index"]), dtype=torch.bool))
-    return sums.figure(tokenizer, len(images), images.crop_id)
+    return sums.figure(tokenizer, len(numbers), str(dataset.crop_id))
 
 
 def mean(values: list[float]) -> float:

@@ -1,77 +1,26 @@
 """`eval.py task=perturbation`: pFID of a tokenizer, as a whole and of single scales and branches."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lightning
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import torch
 
 from tessera import distributed
-from tessera.callbacks.unique import UniqueSamples
-from tessera.data import ImageDataModule
-from tessera.data.sampler import EvalBatches
+from tessera.data import ImageDataset
 from tessera.errors import ConfigError
 from tessera.metrics.features import FeatureExtractor
 from tessera.metrics.image_sets import subset_numbers
-from tessera.metrics.perturbed_fid import PerturbedFrechet, table_text
+from tessera.metrics.perturbed_fid import measure_perturbed, table_text
 from tessera.metrics.protocol import Figure
 from tessera.perturbation.grid import ALPHAS, PerturbationGrid
 from tessera.quantizers import ProductQuantizer
 from tessera.run.build import make
+from tessera.run.ranks import in_ranks
 from tessera.run.subject import Subject
 from tessera.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-class GridPass(lightning.LightningModule):
-    """Measures one grid on images over all processes.
-
-    Attributes:
-        figure: the result.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        extractor: FeatureExtractor,
-        grid: PerturbationGrid,
-        crop: str,
-        loader: Callable[[], DataLoader],
-    ):
-        super().__init__()
-        self.tokenizer, self.crop = tokenizer.eval(), crop
-        self.predict_dataloader = loader
-        self.sums = PerturbedFrechet(extractor, grid)
-        self.samples = UniqueSamples()
-        self.figure: Figure | None = None
-
-    def on_predict_epoch_start(self) -> None:
-        self.samples = UniqueSamples()
-        self.sums.begin(self.tokenizer, self.device)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        self.samples.add(batch["index"], self.sums.measure(self.tokenizer, batch["image"], batch["index"]))
-        return batch["index"]
-
-    def on_predict_epoch_end(self) -> None:
-        self.samples.finish()
-        self.figure = self.sums.figure(self.tokenizer, self.samples.unique, self.crop)
-
-
-class Chosen(Dataset):
-    """Some samples of a data set that is read by lists of numbers."""
-
-    def __init__(self, source: Dataset, numbers: list[int]):
-        self.source, self.numbers = source, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
-        return self.source[[self.numbers[row] for row in rows]]
 
 
 class PerturbedReconstruction:
@@ -85,7 +34,7 @@ class PerturbedReconstruction:
         each_branch: the same of each branch.
         num_samples: of the validation images, see `subset_numbers`; None: all. The number is part of the figure's name,
             as is every other deviation from the protocol.
-        batch_size: per process; None: as the data's evaluation.
+        batch_size: per process.
 
     Raises:
         ConfigError: values out of range.
@@ -102,10 +51,10 @@ class PerturbedReconstruction:
         each_scale: bool = False,
         each_branch: bool = False,
         num_samples: int | None = None,
-        batch_size: int | None = None,
+        batch_size: int = 64,
     ):
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"task.batch_size={batch_size} must be at least 1, or null")
+        if batch_size < 1:
+            raise ConfigError(f"task.batch_size={batch_size} must be at least 1")
         self.settings = {"alphas": alphas, "deltas": deltas, "seeds": seeds, "neighbors_of": neighbors_of}
         self.grid()
         self.each_scale, self.each_branch = each_scale, each_branch
@@ -134,41 +83,36 @@ class PerturbedReconstruction:
         return grids
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """Measure the tokenizer of a checkpoint; see `measure`."""
-        subject.require("data", "metrics")
-        tokenizer, extractor = subject.tokenizer(), make(subject.cfg.metrics.features)
-        return {"figures": self.measure(tokenizer, extractor, subject.data(), subject.trainer())}
-
-    def measure(
-        self, tokenizer: Tokenizer, extractor: FeatureExtractor, data: ImageDataModule, trainer: lightning.Trainer
-    ) -> list[Figure]:
-        """Measure a tokenizer.
-
-        Args:
-            tokenizer: frozen; not modified.
-            extractor: of the features.
-            data: whose validation images are taken.
-            trainer: its processes share the work; all of them must call.
-
-        Returns:
-            One figure per grid, see `grids`.
+        """Measure the tokenizer of a checkpoint.
 
         Raises:
-            ConfigError: settings that don't fit the tokenizer or the data.
+            ConfigError: a generator's checkpoint; neither the checkpoint nor the command says which data and metrics;
+                settings that don't fit the tokenizer or the data.
         """
+        subject.require("data", "metrics")
+        tokenizer, extractor, data = subject.tokenizer(), make(subject.cfg.metrics.features), subject.data()
+        images = data.images("val")
+        subset_numbers(len(images), self.num_samples, "task.num_samples")  # for its check
         grids = self.grids(tokenizer.quantizer)
-        images = data.images("val").without_augmentation()
-        numbers = subset_numbers(len(images), self.num_samples, "task.num_samples").tolist()
-        chosen, figures = Chosen(images, numbers), []
 
-        def loader() -> DataLoader:  # called when the processes run: the sampler looks at their number
-            batches = EvalBatches(len(chosen), self.batch_size or data.eval_batch_size)
-            return DataLoader(chosen, batch_size=None, sampler=batches, num_workers=data.num_workers)
+        def measure(device: torch.device) -> list[Figure]:
+            return list(self.measure(tokenizer, extractor, images, grids, device, data.num_workers))
 
+        return {"figures": in_ranks(subject.trainer(), measure, tokenizer)}
+
+    def measure(
+        self,
+        tokenizer: Tokenizer,
+        extractor: FeatureExtractor,
+        images: ImageDataset,
+        grids: Sequence[PerturbationGrid],
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+    ) -> Iterator[Figure]:
+        """A figure per grid; all processes call it and share the work, each image once."""
+        sizes = {"batch_size": self.batch_size, "num_samples": self.num_samples, "num_workers": num_workers}
         for grid in grids:
-            module = GridPass(tokenizer, extractor, grid, str(images.crop_id), loader)
-            trainer.predict(module, return_predictions=False)
-            figures.append(module.figure)
+            figure = measure_perturbed(tokenizer, images, extractor, grid, device=device, **sizes)
             if distributed.rank() == 0:
-                log.info("%s\n%s", module.figure.label, table_text(module.figure))
-        return figures
+                log.info("%s\n%s", figure.label, table_text(figure))
+            yield figure
