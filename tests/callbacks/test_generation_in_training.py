@@ -90,8 +90,9 @@ def test_averaged_weights_are_sampled(tmp_path):
     assert raw.equal(stage.generator.generate(labels, stage.sampling, rng=rng))
 
 
-def test_cadence(tmp_path):
-    """gFID in every second validation, pictures in every one."""
+def test_cadence(tmp_path, caplog):
+    """gFID in every second validation, pictures in every one; the latest figure is said at the end."""
+    caplog.set_level("INFO")
     gfid = GenerationFID(TinyFeatures(), 4, cache=tmp_path / "reference", every_n_validations=2)
     grid = ImageGrid(samples_per_class=1, num_classes=2, folder=tmp_path / "images")
     seen = []
@@ -100,6 +101,8 @@ def test_cadence(tmp_path):
     options = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
     trainer(tmp_path, 4, [gfid, grid], **options).fit(tiny_stage(), data("tokens", tmp_path, batch_size=16))
     assert seen == [1, 3]
+    assert caplog.messages[-1].startswith("gFID[tiny]@N=4/ref=digits-train = ")
+    assert "is to be expected of 4 samples" in caplog.messages[-1]
     assert [int(path.stem[-8:]) for path in grid.paths] == [1, 2, 3, 4]
 
 

@@ -97,6 +97,7 @@ def test_names_say_what_was_done(files):
     assert fid.details["expected_bias"] > 0 and fid.protocol.reference_samples == 60
     assert "is to be expected of 50 samples" in fid.describe() and "warning: fewer than 2048 samples" in fid.describe()
     assert any("number of real images, here 60" in warning for warning in figures[3].warnings)
+    assert figures[2].protocol.extra == {"splits": 1} and figures[3].protocol.extra == {"k": 3}
 
 
 def test_standard_protocol_has_bare_names(tmp_path, monkeypatch):

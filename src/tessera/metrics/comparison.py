@@ -17,6 +17,7 @@ from tessera.metrics.checks import (
 from tessera.metrics.features import FeatureExtractor
 from tessera.metrics.fid import frechet_distance
 from tessera.metrics.image_sets import ImageSet
+from tessera.metrics.inception_score import SPLIT_SIZE
 from tessera.metrics.kid import subset_distances
 from tessera.metrics.lpips import LPIPSDistance
 from tessera.metrics.pair_measure import PairMeasure
@@ -160,7 +161,8 @@ def figures_against(
             sides = [side if name == "FID" else side.spatial for side in (reference.statistics, measured.statistics)]
             found.append(_frechet(prefix + name if name == "FID" else name, *sides, against, warnings, device))
         elif name == "IS":
-            protocol = Protocol(**common, flavour=measured.score_flavour, reference="")
+            splits = {"extra": {**common["extra"], "splits": -(-measured.samples // SPLIT_SIZE)}}
+            protocol = Protocol(**common | splits, flavour=measured.score_flavour, reference="")
             found.append(Figure("IS", measured.inception_score, protocol, warnings=list(warnings)))
         elif name == "KID":
             size = min(KID_SUBSET_SIZE, len(features), len(generated))

@@ -41,6 +41,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         "checkpoint": None if cfg.ckpt is None else str(cfg.ckpt),
         "tokenizer_checkpoint": cfg.tokenizer_ckpt,
         "weights": cfg.weights,
+        "precision": str(cfg.trainer.precision),
         "seconds": round(time.perf_counter() - start, 2),
         "git": record.get("git"),
         **found,
