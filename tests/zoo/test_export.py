@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from golden_cases import golden
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
-from tessera.zoo import export, from_pretrained, from_public
+from tessera.generators import SamplingConfig
+from tessera.zoo import ModelCard, export, from_pretrained, from_public
 from tessera.zoo.export import build
 
 # family and the files that together hold a published tokenizer
@@ -157,3 +159,91 @@ def test_never_calls_foreign_code_named_in_a_config(tokenizer, tmp_path, target)
     edit(folder, lambda c: c.update(encoder={"_target_": target}))
     with pytest.raises(CheckpointError, match="no part of tessera"):
         from_pretrained(folder)
+
+
+FIGURE = {"label": "rFID[digits-cnn]@N=359", "value": 0.12345, "protocol": {"extractor": "digits-cnn", "samples": 359}}
+CARD = ModelCard("tiny", "Apache-2.0", "digits", [FIGURE], "ema", "python train.py experiment=x", "abc", "Small.")
+
+
+def test_the_card_says_what_the_model_is(tokenizer, tmp_path):
+    folder = export(tokenizer, tmp_path, config(), CARD)
+    text = (folder / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["license"] == "apache-2.0" and header["library_name"] == "tessera"
+    for part in (
+        "# tiny",
+        "Small.",
+        "8 x 8 pixels",
+        "2 x 16 of 16 codes",
+        "averaged (EMA)",
+        "`python train.py exp",
+        "abc",
+    ):
+        assert part in text
+    assert "| rFID[digits-cnn]@N=359 | 0.1235 | digits-cnn, 359 images |" in text
+    assert from_pretrained(folder).card == CARD
+    again = export(from_pretrained(folder), tmp_path / "again")  # the card travels with the model
+    assert (again / "README.md").read_text() == text
+
+
+def test_without_a_card_nothing_is_claimed(tokenizer, tmp_path):
+    text = (export(tokenizer, tmp_path, config()) / "README.md").read_text()
+    assert "| licence | not stated |" in text and "## Figures" not in text and "license:" not in text
+
+
+def usage(text):
+    """The lines of Python in a card."""
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_usage_lines_of_the_cards_run(tokenizer, tmp_path):
+    made = generator()
+    tokens = export(tokenizer, tmp_path / "tokenizer", config())
+    samples = export(made, tmp_path / "generator", GENERATOR, sampling={"_target_": f"{SAMPLING}", "temperature": 0.9})
+    scope = {"images": torch.rand(2, 3, 8, 8) * 2 - 1}
+    exec(usage((tokens / "README.md").read_text()).replace("<this folder, or its id on the hub>", str(tokens)), scope)
+    assert scope["tokens"].shape == (2, 2, 16) and scope["images"].shape == (2, 3, 8, 8)
+    lines = usage((samples / "README.md").read_text()).replace("<this folder, or its id on the hub>", str(samples))
+    exec(lines.replace("<that of the tokenizer>", str(tokens)).replace("arange(8)", "arange(3)"), scope)
+    assert scope["images"].shape == (3, 3, 8, 8)
+
+
+SAMPLING = "tessera.generators.SamplingConfig"
+GENERATOR = {
+    "_target_": "tessera.generators.RAR", "codebook_size": 16, "num_branches": 2, "num_tokens": 16, "num_classes": 3,
+    "hidden_size": 8, "depth": 1, "num_heads": 2, "mlp_size": 8, "extra_positions": 2, "extra_timesteps": 2,
+}  # fmt: skip
+
+
+def generator():
+    return build(GENERATOR, "the test")
+
+
+def test_a_generator_keeps_its_sampling_and_its_tokenizers_fingerprint(tmp_path):
+    made = generator()
+    made.tokenizer_fingerprint = "0123456789abcdef"
+    loaded = from_pretrained(export(made, tmp_path, sampling={"_target_": SAMPLING, "guidance_scale": 2.0}))
+    assert loaded.sampling == SamplingConfig(guidance_scale=2.0) and loaded.tokenizer_fingerprint == "0123456789abcdef"
+    again = from_pretrained(export(loaded, tmp_path / "again"))
+    assert again.sampling == loaded.sampling and again.tokenizer_fingerprint == loaded.tokenizer_fingerprint
+    plain = from_pretrained(export(generator(), tmp_path / "plain"))
+    assert plain.sampling is None and plain.tokenizer_fingerprint is None
+
+
+def test_sampling_that_does_not_fit_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=r"top_k=17 is more than the 16 codes"):
+        export(generator(), tmp_path, sampling={"_target_": SAMPLING, "top_k": 17})
+    with pytest.raises(ConfigError, match="sampling belongs to a generator, but the model is a Tokenizer"):
+        export(tokenizer, tmp_path, config(), sampling={"_target_": SAMPLING})
+    assert not list(tmp_path.iterdir())
+    folder = export(generator(), tmp_path, sampling={"_target_": SAMPLING})
+    description = json.loads((folder / "config.json").read_text())
+    description["sampling"]["_target_"] = "os.getcwd"
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"_target_='os\.getcwd', no part of tessera"):
+        from_pretrained(folder)
+
+
+def test_others_may_read_the_weights(tokenizer, tmp_path):
+    folder = export(tokenizer, tmp_path, config())
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode

@@ -104,7 +104,7 @@ def matches(tokenizer: Tokenizer, file) -> dict[str, bool]:
 @pytest.mark.parametrize("case", CASES)
 def test_published_tokenizer(case):
     file = golden(case)
-    tokenizer = from_public("xqgan", public_config(file), file.weights)
+    tokenizer = from_public(file.metadata["family"], file.config, file.weights)
     ours = differences(tokenizer, file)
     assert set(file.output) == set(ours), "every recorded output is compared"
     for name, expected in file.output.items():
@@ -151,7 +151,7 @@ def test_parity_fails_when_a_weight_of_any_part_changes(case):
 @pytest.mark.parametrize("case", ["xqgan_lora"])
 def test_published_adapters(case, tmp_path):
     file = golden(case)
-    tokenizer = from_public("xqgan", public_config(file), file.weights)
+    tokenizer = from_public(file.metadata["family"], file.config, file.weights)
     image, lora = file.input["image"], file.config["lora"]
     branches = tokenizer.quantizer.num_branches
     layers = dict(adapters(tokenizer))
