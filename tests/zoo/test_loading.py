@@ -1,6 +1,7 @@
 """Checkpoints by name: names, downloads, files of other models, and the models that come with the package."""
 
 import hashlib
+import re
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from conf_commands import ROOT
 from golden_cases import golden
 from tessera import zoo
 from tessera.data import to_uint8
@@ -165,3 +167,11 @@ def test_the_digits_models_have_cards(name):
     assert model.card.licence == entry.licence == "Apache-2.0"
     assert any("FID[digits-cnn]" in figure["label"] for figure in model.card.figures)
     assert "experiment=digits/tiny_" in model.card.command
+
+
+def test_the_lines_in_the_readme_run():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    [lines] = [block for block in blocks if "zoo.load" in block]
+    scope = {}
+    exec(lines, scope)
+    assert scope["images"].shape == (10, 3, 16, 16)
