@@ -6,7 +6,7 @@ from pathlib import Path
 
 SIGMAS = (0.5, 0.7, 0.9, 1.0)  # of the sweep; 1.0 is the control: the tokenizer's own clean tokens
 SIGMA = 0.9  # of all else
-CODEBOOK_SIZES = (512, 2048, 8192)
+CODEBOOK_SIZES = (512, 2048, 4096)
 FAMILIES = {"rar": "generator", "llama": "generator_llama"}
 SIZE_KEY = "quantizer.branch.codebook.codebook_size"
 
@@ -94,8 +94,8 @@ def chains() -> list[list[Run]]:
         _ablation("ibq2048", "ibq", f"{size}2048"),
         # for their usage alone
         [tokenizer("ibq512", "ibq", "callbacks.pfid=null")],
-        [tokenizer("vq8192", "", f"{size}8192", "callbacks.pfid=null")],
-        [tokenizer("ibq8192", "ibq", f"{size}8192", "callbacks.pfid=null")],
+        [tokenizer("vq4096", "", f"{size}4096", "callbacks.pfid=null")],
+        [tokenizer("ibq4096", "ibq", f"{size}4096", "callbacks.pfid=null")],
     ]
 
 
