@@ -33,7 +33,6 @@ class EarlyStopping(Callback):
         min_delta: how much lower than the best a value must be to count.
 
     Attributes:
-        figure: the latest measurement.
         published: `weights` (state dicts by name), `value` and `step` of the best one.
 
     Raises:
@@ -51,7 +50,6 @@ class EarlyStopping(Callback):
         if min_delta < 0:
             raise ConfigError(f"early_stopping.min_delta={min_delta} must not be negative")
         self.gfid, self.patience, self.every_n_steps, self.min_delta = gfid, patience, every_n_steps, min_delta
-        self.figure: Figure | None = None
         self.published: dict[str, Any] | None = None
         self.waited = 0
         self.measured_step = -1
@@ -86,14 +84,15 @@ class EarlyStopping(Callback):
             logger.log_metrics({f"{self.gfid.prefix}/{figure.key}": figure.value for figure in figures}, step)
 
     def _judge(self, figure: Figure, step: int, pl_module: lightning.LightningModule) -> None:
-        self.figure, best = figure, self.published
+        best = self.published
+        text = f"{figure.label} = {figure.value:.4f}"
         if best is not None and not figure.value < best["value"] - self.min_delta:
             self.waited += 1
-            log.info("step %d: %s, not below %.4f of step %d", step, figure.describe(), best["value"], best["step"])
+            log.info("step %d: %s; the lowest is %.4f of step %d", step, text, best["value"], best["step"])
             return
         self.waited = 0
         self.published = {"weights": copies(pl_module), "value": figure.value, "step": step}
-        log.info("step %d: %s, the lowest so far", step, figure.describe())
+        log.info("step %d: %s, the lowest so far", step, text)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

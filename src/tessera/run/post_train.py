@@ -190,7 +190,7 @@ class Measurement:
     def __call__(self, tokenizer: nn.Module, when: str) -> list[dict[str, Any]]:
         """Figures of a tokenizer's decoder; `when` begins the names of log keys and pictures."""
         stage = Evaluation(tokenizer, self.generator, self.sampling, self.cfg.pairs.seed)
-        fresh = self.run / "samples.part"  # of a run that is killed while it writes
+        fresh = self.run / "samples.safetensors.part"  # what a run leaves that is killed while it writes
         sampled = self.tokens is not None and not self.tokens.exists()
         tokens = {"save_tokens": str(fresh)} if sampled else {"tokens": str(self.tokens)}
         callbacks = []
