@@ -19,7 +19,7 @@ from tessera.errors import CheckpointError, ConfigError
 from tessera.metrics.protocol import Figure
 from tessera.run.build import read_checkpoint
 from tessera.run.load import load_tokenizer
-from tessera.run.post_train import post_train, refuse_ignored_settings
+from tessera.run.post_train import Measurement, post_train, refuse_ignored_settings
 from tessera.zoo import export, from_pretrained
 
 QUICK = [
@@ -197,8 +197,10 @@ def test_the_same_command_after_a_kill(tmp_path, stopped, monkeypatch, step, sav
         post(tmp_path, *STOPPING)
 
     killed(interrupted)
+    call, measured = Measurement.__call__, []
+    monkeypatch.setattr(Measurement, "__call__", lambda *arguments: measured.append(arguments[2]) or call(*arguments))
     again = post(tmp_path, *STOPPING)
-    assert script.steps == remaining
+    assert script.steps == remaining and sorted(measured) == ["after_ema", "after_raw"]
     for kind in ("raw", "ema"):
         assert same(weights(again, kind), weights(whole, kind))
     assert again["published"] == whole["published"] and values(again) == values(whole)
