@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
@@ -126,6 +127,10 @@ def run(script, monkeypatch, capsys, tmp_path):
         (["data=null"], ["data=null is no choice; leave the group out by ~data", "data=large"]),
         (["part.width=3"], ["'part.width' can't be set, as part is switched off", "part=some"]),
         (["data.root=[1,"], ["can't read 'data.root=[1,'"]),
+        (["tiny/row"], ["'tiny/row' is no setting", "did you mean experiment=tiny/row?"]),
+        (["nothing"], ["'nothing' is no setting; settings are written key=value, such as"]),
+        (["--experiment", "tiny/row"], ["--experiment is no option", "experiment=..., without dashes"]),
+        (["--seed=3"], ["--seed is no option", "seed=..., without dashes"]),
         (["needed=???"], ["needed is required; set needed=..."]),
         (["needed=${oc.env:TESSERA_NO_SUCH_VARIABLE}"], ["needed can't be resolved", "TESSERA_NO_SUCH_VARIABLE"]),
         (["needed=${data.rot}"], ["needed can't be resolved", "data.rot"]),
@@ -170,6 +175,14 @@ def test_a_sweep_names_the_job_that_failed(run):
     code, err = run("-m", "raises=null,user")
     assert code == cli.USER_ERROR
     assert "['raises=user']" in err and err.endswith("error: data.root=x is empty; give another\n")
+
+
+def test_a_failed_run_leaves_the_reason_in_its_folder(run, tmp_path):
+    run("-m", "raises=null,user")
+    content = yaml.safe_load((tmp_path / "runs/1/failed.yaml").read_text())
+    assert content["error"] == "data.root=x is empty; give another"
+    assert content["overrides"] == ["raises=user"] and content["command"] == "python train.py raises=user"
+    assert not (tmp_path / "runs/0/failed.yaml").exists()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
