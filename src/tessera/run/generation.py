@@ -110,15 +110,17 @@ class Generation:
         return {"images": self.images, "figures": in_ranks(subject.trainer(), measure)}
 
     def _of_tokens(self, subject: Subject, extractor: FeatureExtractor, reference: str | None) -> dict[str, Any]:
-        source, num_classes = self._reference(subject, reference), None
+        num_classes = None
         settings: dict[str, Any] = {"tokens": self.tokens, "weights": str(subject.cfg.weights)}
         if self.tokens is not None:
             models = tokenizer = subject.decoder()
             samples: Draws | TokenFile = TokenFile(self.tokens, self.num_samples, "task")
+            source = self._reference(subject, reference)
         else:
             models = subject.generation()
             tokenizer, num_classes = models.tokenizer, models.generator.num_classes
             check_classes("task.classes", self.classes, num_classes)
+            source = self._reference(subject, reference)
             if isinstance(source, DatasetImageSet):
                 check_data_classes(models.generator, source.dataset)
             count = self.num_samples or int(subject.cfg.metrics.num_samples)

@@ -120,10 +120,10 @@ class Subject:
             ConfigError: names those that are missing.
         """
         if missing := [f"{key}=..." for key in keys if self.cfg.get(key) is None]:
-            why = f"{self.task} has no checkpoint to take them from"
+            why = "no checkpoint says what is meant"
             if self.cfg.ckpt is not None:
-                why = f"ckpt={self.cfg.ckpt} doesn't name what it was trained on, as it is an exported model"
-            raise ConfigError(f"{why}; set {' and '.join(missing)}")
+                why = f"ckpt={self.cfg.ckpt} is an exported model, which doesn't say what it was trained on"
+            raise ConfigError(f"{why}; {self.task} needs {' and '.join(missing)}")
 
     def data(self) -> ImageDataModule:
         """The data module, serving images."""
