@@ -34,6 +34,11 @@ from tessera.run.strict import RECIPES, suggestion
 Task = Callable[[DictConfig], dict[str, Any]]
 
 USER_ERROR = 2
+LONGEST_LIST = 20  # options that an error names
+HYDRA_OPTIONS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun",
+)  # fmt: skip
 EXCLUDE_KEYS = "hydra.job.config.override_dirname.exclude_keys"
 PLUGINS = {  # options that are not files of conf/: (extra, package)
     "hydra/launcher/submitit_slurm": ("slurm", "hydra-submitit-launcher"),
@@ -81,6 +86,7 @@ def hydra_entry(config_name: str) -> Callable[[Task], Callable[[], None]]:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing its own digest
             sys.argv += job_folder_options(sys.argv[1:])
             try:
+                check_options(sys.argv[1:])
                 hydra.main(version_base=None, config_path=str(conf), config_name=config_name)(job)()
             except KeyboardInterrupt:
                 sys.stderr.write("interrupted\n")
@@ -99,6 +105,19 @@ def set_thread_variables(cfg: DictConfig) -> None:
     """Limit the thread pools of numerical libraries to `num_threads`; they read this when they are first imported."""
     for name in THREAD_VARIABLES:
         os.environ[name] = str(cfg.get("num_threads", 1))
+
+
+def check_options(arguments: list[str]) -> None:
+    """Refuse `--key value`, of which Hydra would make the option that the key is the beginning of, or an exit.
+
+    Raises:
+        ConfigError: an option with two dashes that isn't Hydra's.
+    """
+    for text in arguments:
+        name = text.partition("=")[0]
+        if name.startswith("--") and name not in HYDRA_OPTIONS:
+            key = name.removeprefix("--")
+            raise ConfigError(f"{name} is no option; settings are written {key}=..., without dashes (see --help)")
 
 
 def job_folder_options(arguments: list[str]) -> list[str]:
@@ -180,10 +199,13 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
         if isinstance(cause, InterpolationResolutionError):
             return f"{cause.full_key} can't be resolved: {_first_line(cause)}"
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; by name, to not import it
-            return f"trainer: {_one_line(cause)}"
+            no_gpu = "; choose trainer=cpu" if "No supported gpu" in str(cause) else ""
+            return f"trainer: {_one_line(cause)}{no_gpu}"
         if type(cause).__name__ in ("UncompletedJobError", "FailedJobError"):  # submitit's
             return _submitted_job(cause)
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return _no_setting(error.override, conf)
         return (
             f"can't read {error.override!r}: {_first_line(error)}; quote values with special characters: 'key=\"a,b\"'"
         )
@@ -235,6 +257,13 @@ def _submitted_job(error: BaseException) -> str:
     )
 
 
+def _no_setting(text: str, conf: Path) -> str:
+    """For an argument that is not of the form key=value."""
+    groups = [folder.name for folder in sorted(conf.iterdir()) if (folder / f"{text}.yaml").is_file()]
+    example = f"did you mean {groups[0]}={text}?" if groups else "such as experiment=digits/tokenizer (see --help)"
+    return f"{text!r} is no setting; settings are written key=value, {example}"
+
+
 def _missing_config(error: MissingConfigException, conf: Path) -> str:
     path = str(error.missing_cfg_file or "").removesuffix(".yaml")
     if path in PLUGINS:
@@ -247,7 +276,10 @@ def _missing_config(error: MissingConfigException, conf: Path) -> str:
     if not group or not options:
         return _one_line(error)
     choice = path.removeprefix(f"{group}/")
-    return f"{group}={choice} does not exist; {suggestion(choice, options)}available: {', '.join(options)}"
+    hint = suggestion(choice, options)
+    if hint and len(options) > LONGEST_LIST:
+        return f"{group}={choice} does not exist; {hint}all are in {conf / group}"
+    return f"{group}={choice} does not exist; {hint}available: {', '.join(options)}"
 
 
 def _no_choice(conf: Path) -> str | None:

@@ -58,7 +58,7 @@ class Net(Base):
         super().__init__(required=1, **kwargs)
 
 class Data:
-    def __init__(self, dataset, views=(), batch_size: int = 4): ...
+    def __init__(self, dataset, views=(), batch_size: int = 4, rate: float | Base = 0.1, devices: int | str = 1): ...
 
 class View:
     def __init__(self, width: int, name: str = "x"): ...
@@ -103,7 +103,7 @@ def check(conf, monkeypatch):
         ["head=loose", "+head.anything=1"],
         ["+net.rate=0.5", "+net.depth=null"],
         ["+net.depth=${seed}"],
-        ["+net._convert_=all", "+data.batch_size=3"],
+        ["+net._convert_=all", "+data.batch_size=3", "+data.devices=auto"],
         ["head=big", "+head.name=abc"],
         ["~data.views"],
     ],
@@ -137,6 +137,7 @@ def test_accepts(check, overrides):
         (["+data.batch_size=???"], r"data.batch_size is required; set data.batch_size=\.\.\."),
         (["net.width=wide"], r"net.width='wide' is not of type int"),
         (["+net.depth=deep"], r"net.depth='deep' is not of type int or null"),
+        (["+data.rate=fast"], r"data.rate='fast' is not of type float"),  # as optimizers take a float or a tensor
         (["net._target_=strict_targets.Nett"], r"net._target_=strict_targets.Nett can't be imported"),
         (["net._target_=no_such_module.Net"], r"net._target_=no_such_module.Net can't be imported"),
     ],

@@ -109,7 +109,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}); give a .ckpt file that train.py or "
+            "post_train.py wrote"
+        ) from error
     if not isinstance(checkpoint, dict) or "tessera" not in checkpoint:
         raise CheckpointError(
             f"{path} was not written by Tessera's training; import published weights through tessera.zoo"

@@ -34,7 +34,8 @@ def _module(checkpoint: dict[str, Any], name: str, weights: str, path: str | Pat
     state = {key[len(prefix) :]: value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     if architecture is None or not state:
         raise CheckpointError(
-            f"{path} holds no {name}; it is a checkpoint of stage {checkpoint['tessera'].get('stage')!r}"
+            f"{path} holds no {name}, as it was written by {checkpoint['tessera'].get('stage')}; give the checkpoint "
+            f"of a {name}'s training"
         )
     if weights == "ema":
         averaged = ema_weights(checkpoint)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
@@ -213,16 +214,22 @@ def _target_problems(key: str, node: dict[str, Any], targets: set[str]) -> Itera
 
 
 def _type_problems(key: str, node: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> Iterator[Problem]:
-    """Words where an argument is annotated as a number or a truth value."""
-    simple = (int, float, bool, type(None))
+    """Words where an argument is annotated as a number or a truth value, and not as text besides."""
+    numbers = (int, float, bool)
     for name, value in node.items():
         if name not in parameters or not isinstance(value, str) or "${" in value or value == "???":
             continue
         annotation = parameters[name].annotation
         kinds = get_args(annotation) or (annotation,)
-        if all(kind in simple for kind in kinds):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        if any(kind in numbers for kind in kinds) and not any(_takes_text(kind) for kind in kinds):
+            named = [kind for kind in kinds if kind in numbers] + [kind for kind in kinds if kind is type(None)]
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in named)
             yield _join(key, name), f"{_join(key, name)}={value!r} is not of type {wanted}"
+
+
+def _takes_text(kind: Any) -> bool:
+    """Whether a value of an annotated type may be text; True where the annotation is no plain type."""
+    return not inspect.isclass(kind) or kind is object or issubclass(kind, str | PathLike)
 
 
 def _parameters(target: Any) -> dict[str, inspect.Parameter] | None:
