@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,17 @@ def test_a_tokenizer_and_its_export(trained, tmp_path):
     assert list(found["folders"]) == ["tokenizer"]
     again = run(tmp_path, "task=export", f"ckpt={found['folders']['tokenizer']}", "name=second")
     assert from_pretrained(again["folders"]["tokenizer"]).card == from_pretrained(found["folders"]["tokenizer"]).card
+
+
+def test_an_exported_generator_is_evaluated(trained, tmp_path):
+    """With its own sampling, as the checkpoint with its training's."""
+    folders = run(tmp_path, "task=export", f"ckpt={trained}")["folders"]
+    chosen = ["task=sample", "task.num_samples=4", "task.batch_size=2"]
+    exported = [f"ckpt={folders['generator']}", f"tokenizer_ckpt={folders['tokenizer']}"]
+    for name, checkpoint in (("exported", exported), ("trained", [f"ckpt={trained}"])):
+        run(tmp_path, *chosen, *checkpoint, f"name={name}")
+    images = [np.load(tmp_path / name / "samples" / "samples.npz")["arr_0"] for name in ("exported", "trained")]
+    assert images[0].shape == (4, 16, 16, 3) and np.array_equal(*images)
 
 
 def test_uploads(trained, tmp_path, monkeypatch):

@@ -66,6 +66,17 @@ def test_a_file_is_loaded_with_the_published_sampling(tiny):
     assert all(torch.equal(value, file.weights[key]) for key, value in model.state_dict().items())
 
 
+def test_a_downloaded_repository_is_loaded(tiny):
+    """Also one with a config.json of the publisher's, as TiTok's."""
+    path, file = tiny
+    (path.parent / "config.json").write_text('{"model": {}}')
+    model = zoo.load(NAME, path.parent)
+    assert all(torch.equal(value, file.weights[key]) for key, value in model.state_dict().items())
+    path.unlink()
+    with pytest.raises(MissingFileError, match=r"model\.safetensors does not exist"):
+        zoo.load(NAME, path.parent)
+
+
 def test_an_export_of_it_is_loaded_too(tiny, tmp_path, monkeypatch):
     model = zoo.load(NAME, tiny[0])
     folder = zoo.export(model, tmp_path / "exported")

@@ -12,7 +12,9 @@ from conf_commands import CONF
 from tessera import zoo
 from tessera.errors import CheckpointError
 from tessera.generators import Generator
+from tessera.metrics.inception_network import InceptionNetwork, fold_batch_norms
 from tessera.tokenizers import Tokenizer
+from tessera.zoo.keys import key_problems
 from zoo.published_rows import FOLDER, ROWS, expanded, meta_state, millions, registered, rows
 
 
@@ -126,6 +128,19 @@ def test_a_changed_list_is_noticed(family, name, key):
     state[f"{key}.stray"] = state.pop(key)
     with pytest.raises(CheckpointError, match=r"missing .*unexpected|no partner"):
         zoo.from_public(family, rows(family)[name]["config"], state)
+
+
+def test_the_inception_has_the_published_keys():
+    """Of the file that zoo.load("eval/inception") takes, by its hash alone."""
+    [name] = zoo.info("eval/inception").published
+    state, row = meta_state("eval", name), rows("eval")[name]
+    with torch.device("meta"):
+        network = InceptionNetwork()
+    folded = fold_batch_norms(state, "the test")
+    assert key_problems(network.state_dict(), folded) == []
+    # every number once: means and variances besides
+    statistics = sum(value.numel() for key, value in state.items() if "running" in key)
+    assert round((sum(value.numel() for value in state.values()) - statistics) / 1e6, 3) == row["params_millions"]
 
 
 def test_frozen_teachers_in_the_file_are_ignored(tmp_path):

@@ -23,6 +23,7 @@ from tessera.run.load import (
 )
 from tessera.stages.evaluation import Evaluation
 from tessera.tokenizers import Tokenizer
+from tessera.zoo.export import is_exported_generator
 
 
 class Subject:
@@ -56,10 +57,12 @@ class Subject:
 
     @cached_property
     def holds_generator(self) -> bool:
-        """Whether the checkpoint is a generator's; an exported folder is taken for a tokenizer's."""
+        """Whether the checkpoint is a generator's."""
         if is_published(self.ckpt):
             return published_entry(self.ckpt).kind == "generator"
-        return not Path(self.ckpt).is_dir() and "generator" in read_checkpoint(self.ckpt)["tessera"]["architecture"]
+        if Path(self.ckpt).is_dir():
+            return is_exported_generator(self.ckpt)
+        return "generator" in read_checkpoint(self.ckpt)["tessera"]["architecture"]
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer.
@@ -99,7 +102,8 @@ class Subject:
             raise ConfigError("tokenizer_ckpt is required; set tokenizer_ckpt=...")
         tokenizer = load_tokenizer(self.cfg.tokenizer_ckpt)
         check_token_space(generator, tokenizer, self.cfg.tokenizer_ckpt)
-        return Evaluation(tokenizer, generator, make(self.cfg.get("sampling")), seed=self.cfg.seed)
+        sampling = make(self.cfg.get("sampling")) or getattr(generator, "sampling", None)  # an export has its own
+        return Evaluation(tokenizer, generator, sampling, seed=self.cfg.seed)
 
     def models(self) -> Evaluation:
         """Whatever the checkpoint holds: a tokenizer alone, or a generator with its tokenizer.

@@ -202,6 +202,21 @@ def from_pretrained(source: str | Path) -> nn.Module:
     return model.eval()
 
 
+def is_export(folder: str | Path) -> bool:
+    """Whether `export` wrote a folder."""
+    try:
+        return bool(_described(Path(folder) / CONFIG))
+    except (OSError, CheckpointError):
+        return False
+
+
+def is_exported_generator(folder: str | Path) -> bool:
+    """Whether `export` wrote a folder, and of a generator."""
+    return is_export(folder) and _described(Path(folder) / CONFIG)["config"]["_target_"].startswith(
+        "tessera.generators."
+    )
+
+
 def _described(path: Path) -> dict[str, Any]:
     """The content of a config.json of ours."""
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tessera.errors import CheckpointError, ConfigError, TesseraError
 from tessera.generators.base import Generator
 from tessera.zoo import files as weight_files
-from tessera.zoo.export import from_pretrained
+from tessera.zoo.export import from_pretrained, is_export
 from tessera.zoo.files import part_of, read_public
 from tessera.zoo.hub import download
 from tessera.zoo.public import from_public
@@ -24,8 +24,8 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
 
     Args:
         name: one of `names()`.
-        path: its file, or a folder that `export` wrote of it; None: from the Hugging Face hub (which needs
-            `pip install tessera[hub]`), or out of this package.
+        path: its file, a folder with the file, or a folder that `export` wrote of it; None: from the Hugging Face hub
+            (which needs `pip install tessera[hub]`), or out of this package.
         check_hash: refuse another file than the published one, where its hash is known.
 
     Returns:
@@ -48,6 +48,8 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
         with as_file(package_files("tessera.zoo") / "tiny" / entry.folder) as folder:
             return from_pretrained(folder)
     path = _fetched(entry) if path is None else Path(path)
+    if entry.filename is not None and (path / entry.filename).is_file() and not is_export(path):
+        path = path / entry.filename
     if path.is_dir():
         return _of_folder(entry, path)
     content = read_public(path, f"download {entry.filename} of {entry.repository} from the Hugging Face hub")
