@@ -125,6 +125,15 @@ def test_augmented_features_are_drawn_in_every_epoch(monkeypatch):
         LinearProbing(augment=True).measure(product_tokenizer(), data(), trainer(), seed=0)
 
 
+def test_data_are_shared_out_among_processes_that_run_already():
+    """A loader made before they do would give all of the images to each of them."""
+    module, fit = data(), trainer()
+    original, seen = module.reference_loader, []
+    module.reference_loader = lambda split: seen.append((split, fit.predicting)) or original(split)
+    LinearProbing(epochs=1, batch_size=256).measure(product_tokenizer(), module, fit, seed=0)
+    assert seen == [("val", True), ("train", True)]
+
+
 @pytest.mark.parametrize("branches", [[], [2], [0, 0], [-1]])
 def test_refuses_impossible_branches(branches):
     with pytest.raises(ConfigError, match=r"task\.branches"):

@@ -164,12 +164,13 @@ class LinearProbing:
             raise ConfigError("task.augment=true needs augmented training data; set data.dataset.augment=true")
         module = ProbeFeatures(tokenizer, self.feature, branches)
 
-        def collect(loader: DataLoader) -> Features:
-            trainer.predict(module, loader, return_predictions=False)
+        def collect(loader: Callable[[], DataLoader]) -> Features:
+            module.predict_dataloader = loader  # called when the processes run: samplers look at their number
+            trainer.predict(module, return_predictions=False)
             features, labels = module.collected
             return features.to(trainer.strategy.root_device), labels.to(trainer.strategy.root_device)
 
-        val = collect(datamodule.reference_loader("val"))
+        val = collect(lambda: datamodule.reference_loader("val"))
         train = self._train_features(datamodule, collect)
         num_classes = dataset.num_classes
         # prediction leaves the inference mode on its tensors, which autograd refuses
@@ -201,19 +202,21 @@ class LinearProbing:
         ]
 
     def _train_features(
-        self, datamodule: ImageDataModule, collect: Callable[[DataLoader], Features]
+        self, datamodule: ImageDataModule, collect: Callable[[Callable[[], DataLoader]], Features]
     ) -> Callable[[int], Features]:
         if not self.augment:
-            features, labels = collect(datamodule.reference_loader("train"))
+            features, labels = collect(lambda: datamodule.reference_loader("train"))
             fixed = features.clone(), labels.clone()
             return lambda epoch: fixed
 
         def augmented(epoch: int) -> Features:
             dataset = datamodule.images("train")
-            batches = AugmentedBatches(len(dataset), datamodule.eval_batch_size, epoch)
-            features, labels = collect(
-                DataLoader(dataset, batch_size=None, sampler=batches, num_workers=datamodule.num_workers)
-            )
+
+            def loader() -> DataLoader:
+                batches = AugmentedBatches(len(dataset), datamodule.eval_batch_size, epoch)
+                return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=datamodule.num_workers)
+
+            features, labels = collect(loader)
             return features.clone(), labels.clone()
 
         return augmented
