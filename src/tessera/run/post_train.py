@@ -16,7 +16,7 @@ from tessera.run.build import LAST, build_trainer, make, plain, prepare, read_ch
 from tessera.run.fit import fit
 from tessera.run.load import WEIGHTS, check_classes, check_token_space, load_discriminator, load_tokenizer
 from tessera.run.pairs import PairSettings, described, given_pairs, tokens_of_pairs
-from tessera.run.results import figures_of, read_results, write_results
+from tessera.run.results import figures_of, log_figures, read_results, write_results
 from tessera.run.strict import check_config
 from tessera.run.tokens import TokenSource, content_key, weights_fingerprint
 from tessera.stages.evaluation import Evaluation
@@ -206,4 +206,8 @@ class Measurement:
             if rank() == 0:
                 os.replace(fresh, self.tokens)
             barrier()
-        return [figure.to_dict() for figure in figures_of(callbacks)]
+        figures = figures_of(callbacks)
+        if rank() == 0:
+            log.info("%s:", when)
+            log_figures(figures)
+        return [figure.to_dict() for figure in figures]
