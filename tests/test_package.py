@@ -212,6 +212,15 @@ def test_direct_imports_are_required():
                 assert owners & allowed, f"{name} imports {root} ({', '.join(owners)}), which requirements.txt lacks"
 
 
+def test_data_files_are_installed():
+    """What isn't Python lies where the package data are looked for."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["tessera"]
+    package = SOURCE / "tessera"
+    installed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert installed == others
+
+
 def test_version_and_licence():
     assert tessera.__version__ == pyproject()["version"]
     assert "Apache License" in (ROOT / "LICENSE").read_text()
