@@ -199,8 +199,8 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
         if isinstance(cause, InterpolationResolutionError):
             return f"{cause.full_key} can't be resolved: {_first_line(cause)}"
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's; by name, to not import it
-            no_gpu = "; choose trainer=cpu" if "No supported gpu" in str(cause) else ""
-            return f"trainer: {_one_line(cause)}{no_gpu}"
+            line = _one_line(cause).rstrip(".!")
+            return f"trainer: {line}" + ("; choose trainer=cpu" if "No supported gpu" in line else "")
         if type(cause).__name__ in ("UncompletedJobError", "FailedJobError"):  # submitit's
             return _submitted_job(cause)
     if isinstance(error, OverrideParseException):

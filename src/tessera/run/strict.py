@@ -264,7 +264,10 @@ def _is_root(cls: type) -> bool:
 
 
 def _origin(conf: Path, key: str) -> str:
-    """ " (in FILE)" with the recipe that sets `key`, where it is one."""
+    """ " (in FILE)" with the recipe that sets `key`, where it is one and the command line doesn't."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if any(text.lstrip("+").partition("=")[0] == key for text in overrides):
+        return ""
     files = []
     for path in sorted(path for recipe in RECIPES for path in (conf / recipe).rglob("*.yaml")):
         node: Any = _body(_read(path))
