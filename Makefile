@@ -54,8 +54,9 @@ eval-generation: $(STAMP)  ## gFID, sFID, IS, precision and recall of a generato
 compare: $(STAMP)  ## the same of images made by anyone (A=...) against a reference (B=...; METRICS=digits: offline)
 	$(BIN)/python eval.py task=compare metrics=$(METRICS) $(A:%=task.a=%) $(B:%=task.b=%) $(ARGS)
 
-docs: $(STAMP)  ## write the table of combinations (docs/combinations.md)
+docs: $(STAMP)  ## write the tables of combinations and of published checkpoints (docs/*.md)
 	$(BIN)/python docs/combinations.py $(ARGS)
+	$(BIN)/python docs/checkpoints.py $(ARGS)
 
 demo: $(STAMP)  ## train, post-train and measure everything on the embedded digits (minutes on a CPU)
 	$(BIN)/python -m tessera.run.demo $(ARGS)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tessera.errors import CheckpointError, MissingFileError
-from tessera.zoo.files import check_hash, part_of, read_public
+from tessera.zoo.files import part_of, read_public, require_hash
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)}
 CHECKPOINT = {
@@ -93,9 +93,9 @@ def test_hash(tmp_path):
     path = tmp_path / "a.pt"
     path.write_bytes(b"content")
     right = hashlib.sha256(b"content").hexdigest()
-    check_hash(path, right, "some/model")
+    require_hash(path, right, "some/model")
     with pytest.raises(CheckpointError, match=rf"sha256 {right[:16]}.*some/model has 0{{16}}.*download it again"):
-        check_hash(path, "0" * 64, "some/model")
+        require_hash(path, "0" * 64, "some/model")
 
 
 def test_the_first_part_that_is_there_is_taken():

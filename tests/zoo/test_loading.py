@@ -182,7 +182,7 @@ def test_the_digits_models_have_cards(name):
 
 def test_the_lines_in_the_readme_run():
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    [lines] = [block for block in blocks if "zoo.load" in block]
+    [lines] = [block for block in blocks if "tessera/digits_rar" in block]
     scope = {}
     exec(lines, scope)
     assert scope["images"].shape == (10, 3, 16, 16)

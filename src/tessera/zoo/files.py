@@ -75,7 +75,7 @@ def _unpickled(path: Path, mmap: bool) -> Any:
         ) from error
 
 
-def check_hash(path: str | Path, expected: str, name: str) -> None:
+def require_hash(path: str | Path, expected: str, name: str) -> None:
     """Refuse a file of another SHA-256.
 
     Args:

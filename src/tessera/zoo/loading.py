@@ -1,8 +1,7 @@
 """Published checkpoints by name: download, checks, and the model."""
 
 from collections.abc import Mapping
-from importlib.resources import as_file
-from importlib.resources import files as package_files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from tessera.errors import CheckpointError, ConfigError, TesseraError
 from tessera.generators.base import Generator
-from tessera.zoo import files as weight_files
 from tessera.zoo.export import from_pretrained, is_export
-from tessera.zoo.files import part_of, read_public
+from tessera.zoo.files import part_of, read_public, require_hash
 from tessera.zoo.hub import download
 from tessera.zoo.public import from_public
 from tessera.zoo.registry import Checkpoint, info, names
@@ -45,7 +43,7 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
 
         return InceptionFeatures(path)
     if path is None and entry.folder is not None:
-        with as_file(package_files("tessera.zoo") / "tiny" / entry.folder) as folder:
+        with as_file(files("tessera.zoo") / "tiny" / entry.folder) as folder:
             return from_pretrained(folder)
     path = _fetched(entry) if path is None else Path(path)
     if entry.filename is not None and (path / entry.filename).is_file() and not is_export(path):
@@ -54,7 +52,7 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
         return _of_folder(entry, path)
     content = read_public(path, f"download {entry.filename} of {entry.repository} from the Hugging Face hub")
     if check_hash and entry.sha256 is not None and path.suffix == Path(str(entry.filename)).suffix:
-        weight_files.check_hash(path, entry.sha256, name)
+        require_hash(path, entry.sha256, name)
     try:
         model = from_public(entry.family, entry.config, part_of(content, entry.parts))
     except CheckpointError as error:
