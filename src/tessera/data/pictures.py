@@ -40,8 +40,8 @@ def tile(images: Tensor, columns: int, padding: int = 2) -> Tensor:
     return canvas
 
 
-def write_png(path: Path, image: Tensor, scale: int = 1) -> None:
-    """Write (3, H, W) uint8 as PNG, each pixel enlarged to `scale` x `scale`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_png(path: str | Path, image: Tensor, scale: int = 1) -> None:
+    """Write (3, H, W) uint8 as PNG, each pixel enlarged to `scale` x `scale`; the folder is made where needed."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     large = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     Image.fromarray(large.permute(1, 2, 0).contiguous().numpy()).save(path)
