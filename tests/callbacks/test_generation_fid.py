@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -5,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from figure_setup import TinyData, TinyFeatures, TinyStage, validate
 from forked import run_forked
 from tessera.callbacks import GenerationFID
+from tessera.data import to_uint8
 from tessera.errors import ConfigError, DataError, MissingFileError
 from tessera.metrics.fid import FrechetDistance
 from tessera.metrics.statistics import Statistics
@@ -93,7 +95,32 @@ def test_reference_file(tmp_path):
         run(reference=tmp_path / "none.npz")
 
 
+def test_images_as_reference_give_more_figures(tmp_path):
+    levels = to_uint8(TinyData().train.images).permute(0, 2, 3, 1)
+    np.savez(tmp_path / "images.npz", levels.numpy())
+    callback = GenerationFID(TinyFeatures(), N, reference=tmp_path / "images.npz", figures=["recall", "FID", "KID"])
+    trainer = validate([callback], TinyStage(), TinyData())
+    labels = [
+        "recall[tiny]@N=31/ref=images/real=40",
+        "gFID[tiny]@N=31/ref=images",
+        "KID[tiny,subset=31]@N=31/ref=images",
+    ]
+    assert [figure.label for figure in callback.figures] == labels
+    assert callback.figures[1].value == pytest.approx(by_hand(), rel=1e-6)
+    assert "val/kid[tiny,subset=31]@N=31/ref=images" in trainer.callback_metrics
+    # statistics alone don't, which is said before anything is generated
+    Statistics(torch.zeros(12).double(), torch.eye(12).double(), 9, TinyFeatures().identity).save(tmp_path / "s.npz")
+    with pytest.raises(ConfigError, match="recall can't be measured with tiny against"):
+        run(reference=tmp_path / "s.npz", figures=["recall"])
+
+
 def test_bad_settings(tmp_path):
+    with pytest.raises(ConfigError, match="'rFID' is unknown"):
+        GenerationFID(TinyFeatures(), N, figures=["rFID"])
+    with pytest.raises(ConfigError, match="IS can't be measured with tiny, as it needs a classifier"):
+        GenerationFID(TinyFeatures(), N, figures=["IS"])
+    with pytest.raises(ConfigError, match=r"callbacks\.gfid\.figures is empty"):
+        GenerationFID(TinyFeatures(), N, figures=[])
     with pytest.raises(ConfigError, match="num_samples is needed"):
         GenerationFID(TinyFeatures())
     with pytest.raises(ConfigError, match="num_samples=1"):
