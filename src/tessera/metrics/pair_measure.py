@@ -44,7 +44,7 @@ class PairMeasure:
             if name not in PAIR_FIGURES:
                 raise ConfigError(f"figures: {name!r} is unknown; choose from {', '.join(PAIR_FIGURES)}")
             if absent.get(name):
-                remedy = "metrics=..." if name == "rFID" else "metrics/lpips=alex or vgg"
+                remedy = "metrics=..." if name == "rFID" else "metrics/lpips=alex or vgg beside metrics=..."
                 raise ConfigError(f"figures: {name} needs its network; choose {remedy}, or leave {name} out")
         self.chosen = chosen
         self.extractor = extractor if "rFID" in chosen else None
