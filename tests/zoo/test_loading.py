@@ -4,6 +4,7 @@ import hashlib
 import re
 import sys
 from dataclasses import replace
+from importlib.resources import files
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,7 @@ from tessera.data import to_uint8
 from tessera.errors import CheckpointError, ConfigError, MissingFileError
 from tessera.metrics import DigitsFeatures
 from tessera.zoo import registry
+from tessera.zoo.card import card_text
 from zoo.published_rows import meta_state
 
 pytestmark = pytest.mark.usefixtures("shipped_files")
@@ -82,6 +84,9 @@ def test_an_export_of_it_is_loaded_too(tiny, tmp_path, monkeypatch):
     folder = zoo.export(model, tmp_path / "exported")
     again = zoo.load(NAME, folder)
     assert again.sampling == model.sampling
+    text = (folder / "README.md").read_text()
+    assert "| gFID | 1.95 | 50 000 samples, 50 per class, ADM evaluator |" in text
+    assert "Converted from tiny.bin in yucornetto/RAR, of bytedance/1d-tokenizer." in text
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
     change(monkeypatch, params_millions=260.924)
     with pytest.raises(CheckpointError, match=r"holds a generator of 0\.\d+ M parameters, but rar/tiny is .* 260\.924"):
@@ -178,6 +183,9 @@ def test_the_digits_models_have_cards(name):
     assert model.card.licence == entry.licence == "Apache-2.0"
     assert any("FID[digits-cnn]" in figure["label"] for figure in model.card.figures)
     assert "experiment=digits/tiny_" in model.card.command
+    folder = files("tessera.zoo") / "tiny" / entry.folder
+    assert folder.joinpath("README.md").read_text() == card_text(model, model.card)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 0.75e6  # 1.5 MB for both
 
 
 def test_the_lines_in_the_readme_run():

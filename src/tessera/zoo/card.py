@@ -20,7 +20,8 @@ class ModelCard:
         name: title.
         licence: of the weights, an SPDX id, e.g. "Apache-2.0".
         dataset: what it was trained on.
-        figures: as `tessera.metrics.Figure.to_dict` gives them: `label`, which names the protocol, `value`, `protocol`.
+        figures: as `tessera.metrics.Figure.to_dict` gives them: `label`, which names the protocol, `value`, `protocol`
+            (of published ones in words).
         weights: "ema" (averaged) or "raw".
         command: that trained it.
         commit: of the code that trained it.
@@ -56,7 +57,7 @@ def _facts(model: nn.Module) -> dict[str, Any]:
 def _protocol(figure: Mapping[str, Any]) -> str:
     """The parts of a figure's protocol that a reader compares first."""
     protocol = figure.get("protocol") or {}
-    if isinstance(protocol, str):
+    if isinstance(protocol, str):  # a publisher's words
         return protocol
     parts = [protocol.get("extractor"), protocol.get("reference") and f"reference {protocol['reference']}"]
     if protocol.get("samples"):
@@ -107,6 +108,6 @@ def card_text(model: nn.Module, card: ModelCard) -> str:
         lines += ["## Figures", "", "| figure | value | protocol |", "| --- | --- | --- |"]
         for figure in card.figures:
             lines.append(f"| {figure['label']} | {figure['value']:.4g} | {_protocol(figure)} |")
-        lines += ["", "Figures of equal names were measured by equal protocols; `config.json` has them in full.", ""]
+        lines += ["", "`config.json` has the protocols in full.", ""]
     lines += ["## Use", "", "```python", *_usage(model), "```", ""]
     return "\n".join(lines)

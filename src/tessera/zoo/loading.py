@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tessera.errors import CheckpointError, ConfigError, TesseraError
 from tessera.generators.base import Generator
+from tessera.zoo.card import ModelCard
 from tessera.zoo.export import from_pretrained, is_export
 from tessera.zoo.files import part_of, read_public, require_hash
 from tessera.zoo.hub import download
@@ -27,7 +28,8 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
         check_hash: refuse another file than the published one, where its hash is known.
 
     Returns:
-        A tokenizer, a generator, or an extractor of features. A generator's `sampling` are the published settings.
+        A tokenizer, a generator, or an extractor of features. A generator's `sampling` are the published settings. `card`
+        is what an export of it will say.
 
     Raises:
         ConfigError: an unknown name; the nearest ones are suggested. No model, but a file that something else takes.
@@ -57,10 +59,19 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
         model = from_public(entry.family, entry.config, part_of(content, entry.parts))
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not {name}: {error}{_whose(content, entry)}") from error
+    model.card = _card(entry)
     if isinstance(model, Generator):
         model.tokenizer_fingerprint = None  # not published
         model.sampling = model.sampling_types[0](**entry.settings)
     return model
+
+
+def _card(entry: Checkpoint) -> ModelCard:
+    """What an export of a published model says."""
+    figures = [{"label": label, "value": value, "protocol": entry.protocol} for label, value in entry.reported.items()]
+    place = f" in {entry.repository}" if entry.repository else ""
+    note = f"Converted from {entry.filename}{place}, of {entry.source}. Figures are the publisher's, not measured anew."
+    return ModelCard(name=entry.name, licence=entry.licence, figures=figures, note=note)
 
 
 def _fetched(entry: Checkpoint) -> Path:
