@@ -28,8 +28,8 @@ def load(name: str, path: str | Path | None = None, check_hash: bool = True) -> 
         check_hash: refuse another file than the published one, where its hash is known.
 
     Returns:
-        A tokenizer, a generator, or an extractor of features. A generator's `sampling` are the published settings. `card`
-        is what an export of it will say.
+        A tokenizer, a generator, or an extractor of features. A generator's `sampling` are the published settings, and
+        `card` is what an export will say.
 
     Raises:
         ConfigError: an unknown name; the nearest ones are suggested. No model, but a file that something else takes.
