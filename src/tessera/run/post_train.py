@@ -166,9 +166,10 @@ class Measurement:
     def __init__(self, cfg: DictConfig, run: Path, generator: nn.Module | None):
         self.cfg, self.run, self.generator = cfg, run, generator
         self.sampling = None if generator is None else make(cfg.sampling)
-        given = (cfg.figures.get("gfid") or {}).get("tokens")
+        gfid = cfg.figures.get("gfid") or {}
+        given = gfid.get("tokens")
         self.tokens = None if given is None else Path(given)
-        if self.tokens is None and generator is not None and "gfid" in cfg.figures:
+        if self.tokens is None and generator is not None and gfid:
             self.tokens = run / "samples.safetensors"
 
     def before(self, tokenizer: nn.Module) -> list[dict[str, Any]]:
@@ -195,6 +196,8 @@ class Measurement:
         tokens = {"save_tokens": str(fresh)} if sampled else {"tokens": str(self.tokens)}
         callbacks = []
         for name, node in self.cfg.figures.items():
+            if node is None:  # switched off
+                continue
             if name != "gfid":
                 callbacks.append(make({**plain(node), "prefix": when}))
             elif self.tokens is not None:
