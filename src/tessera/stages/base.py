@@ -15,6 +15,7 @@ from tessera.errors import ConfigError, DataError
 from tessera.quantizers.product import ProductQuantizer
 from tessera.rng import IndexedRng
 from tessera.stages.finite import LossCheck, check_weights
+from tessera.stages.sharding import SHARDED, check_strategy, is_sharded
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
@@ -148,6 +149,7 @@ class Stage(lightning.LightningModule):
         check_weights(self.named_parameters(), self.trainer)
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None} if self.window else {}
         checkpoint["accumulation"] = {"batches": self.window, "gradients": gradients}
+        checkpoint[SHARDED] = is_sharded(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = checkpoint.get("accumulation", {"batches": 0, "gradients": {}})
@@ -156,6 +158,7 @@ class Stage(lightning.LightningModule):
                 f"stage.accumulate_grad_batches={self.accumulate_grad_batches} is less than the {found['batches']} "
                 "batches that the checkpoint has accumulated; restore the former value"
             )
+        check_strategy(checkpoint, is_sharded(self.trainer))
         self.window, self._resumed_gradients = found["batches"], found["gradients"]
 
     def on_train_start(self) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from tessera.distributed import all_reduce_sum
 from tessera.errors import ConfigError, TesseraError
 
 REMEDY = "with a lower optimizer.lr, a stage.gradient_clip, or trainer.precision=32-true"
@@ -87,9 +89,17 @@ def check_weights(named: Iterable[tuple[str, Tensor]], trainer: Any) -> None:
         DivergedError: names the first bad weight; the checkpoint at hand must not replace an earlier one.
     """
     names, values = zip(*named, strict=True)
-    bad = ~torch.isfinite(torch.stack([value.detach().float().abs().amax() for value in values]))
+    bad = ~torch.isfinite(torch.stack([_largest(value.detach()) for value in values]))
+    if any(isinstance(value, DTensor) for value in values):  # each process has seen its part
+        bad = all_reduce_sum(bad.int()) > 0
     if bool(bad.any()):
         name = names[int(bad.nonzero()[0, 0])]
         raise DivergedError(
             f"weight {name} is not finite at step {trainer.global_step}, so no checkpoint is written; {remedy(trainer)}"
         )
+
+
+def _largest(value: Tensor) -> Tensor:
+    """Largest magnitude in a tensor, or in this process's part of it."""
+    own = value.to_local() if isinstance(value, DTensor) else value
+    return own.float().abs().amax() if own.numel() else own.new_zeros((), dtype=torch.float32)

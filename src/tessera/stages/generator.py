@@ -11,6 +11,7 @@ from tessera.generators.sampling import SamplingConfig
 from tessera.optim import decay_groups, decayed_names
 from tessera.rng import IndexedRng
 from tessera.stages.base import OptimizerFactory, SchedulerFactory, Stage, check_tokens
+from tessera.stages.sharding import gather, is_sharded, scatter, shard
 from tessera.stages.token_logs import TokenScores
 from tessera.tokenizers import Tokenizer
 
@@ -69,6 +70,23 @@ class GeneratorTraining(Stage):
 
     def averaged_modules(self) -> dict[str, nn.Module]:
         return {"generator": self.generator}
+
+    def configure_model(self) -> None:
+        if is_sharded(self.trainer):
+            self.shard()
+
+    def shard(self) -> None:
+        """Spread the generator's weights over the devices; `trainer=fsdp` asks for it."""
+        shard(self.generator, self.generator.blocks, self.device_mesh["data_parallel"], ("loss",))
+
+    def on_validation_start(self) -> None:
+        # sampling runs parts of blocks, and devices may have different numbers of samples
+        if is_sharded(self.trainer):
+            gather(self.generator)
+
+    def on_validation_end(self) -> None:
+        if is_sharded(self.trainer):
+            scatter(self.generator)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory(self.generator.parameters())
