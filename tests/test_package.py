@@ -48,7 +48,7 @@ LATE = {
 # Those of them that `pip install tessera` does not bring
 OPTIONAL = {"huggingface_hub", "lpips", "matplotlib", "skimage", "submitit", "wandb"}
 # Their output is what they are run for
-PRINTING = {"tessera.run.claims.study", "tessera.run.demo"}
+PRINTING = {"tessera.run.claims.study", "tessera.run.demo", "tessera.run.reproduce"}
 
 
 def module_name(path):

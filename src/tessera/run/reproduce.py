@@ -12,16 +12,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tessera.cli import USER_ERROR, user_message
-from tessera.errors import ConfigError
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from tessera.errors import ConfigError, TesseraError
 from tessera.run.chain import WHOLE, Chain, checkpoint_of, evaluation, training, whole
 from tessera.run.dry_run import DryRun
 from tessera.run.results import read_results
 from tessera.run.rows import Step, row, rows
-from tessera.run.strict import CONF
 from tessera.zoo import info, names
 
 ROOT = Path(__file__).parents[3]
+USER_ERROR = 2
 
 
 def find(given: str, names: list[str]) -> str | None:
@@ -104,11 +106,8 @@ def dry_run(steps: list[Step]) -> int:
         print(f"$ {step}", flush=True)
         try:
             check(step)
-        except Exception as error:
-            line = user_message(error, CONF, step.script)
-            if line is None:
-                raise
-            sys.stderr.write(f"error: {line}\n")
+        except (TesseraError, HydraException, OmegaConfBaseException) as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             return USER_ERROR
     print(f"{len(steps)} commands checked; none was run")
     return 0
