@@ -40,6 +40,8 @@ CONF = {
     "part/some.yaml": "_target_: builtins.dict\nwidth: 3\n",
     "model/rar.yaml": "depth: 2\n",
     "experiment/tiny/row.yaml": "# @package _global_\nseed: 7\n",
+    "experiment/tiny/pairs.yaml": "# @package _global_\n# Command: python post_train.py experiment=tiny/pairs\n"
+    "defaults: [{override /teacher: small}]\n",
 }
 
 SCRIPT = '''
@@ -127,6 +129,7 @@ def run(script, monkeypatch, capsys, tmp_path):
         (["data=null"], ["data=null is no choice; leave the group out by ~data", "data=large"]),
         (["part.width=3"], ["'part.width' can't be set, as part is switched off", "part=some"]),
         (["data.root=[1,"], ["can't read 'data.root=[1,'"]),
+        (["experiment=tiny/pairs"], ["is a recipe of post_train.py; run: python post_train.py experiment=tiny/pairs"]),
         (["tiny/row"], ["'tiny/row' is no setting", "did you mean experiment=tiny/row?"]),
         (["nothing"], ["'nothing' is no setting; settings are written key=value, such as"]),
         (["--experiment", "tiny/row"], ["--experiment is no option", "experiment=..., without dashes"]),

@@ -190,6 +190,8 @@ def user_message(error: BaseException, conf: Path, config_name: str) -> str | No
         conf: configuration folder.
         config_name: primary config, for the keys that exist.
     """
+    if recipe := _recipe_of_another_script(error, conf, config_name):
+        return recipe
     for cause in _causes(error):
         if isinstance(cause, TesseraError):
             return _without_worker_traceback(cause)
@@ -255,6 +257,20 @@ def _submitted_job(error: BaseException) -> str:
         f"a job was stopped or has crashed; its logs are in {Path(result.group(1)).parent}; "
         "the same command with ckpt=auto continues it"
     )
+
+
+def _recipe_of_another_script(error: BaseException, conf: Path, config_name: str) -> str | None:
+    """For keys of a recipe that this script doesn't have, as the recipe's header names another one."""
+    for name, _, choice in (text.lstrip("+").partition("=") for text in _overrides()):
+        path = conf / name / f"{choice}.yaml"
+        if name != "experiment" or not path.is_file():
+            continue
+        header = re.search(r"^# Command: python (\w+)\.py", path.read_text(), re.MULTILINE)
+        script = header.group(1) if header else config_name
+        blamed = isinstance(error, ConfigCompositionException) or f"{name}/{choice}.yaml)" in str(error)
+        if blamed and script != config_name:
+            return f"{name}={choice} is a recipe of {script}.py; run: python {script}.py {name}={choice} ..."
+    return None
 
 
 def _no_setting(text: str, conf: Path) -> str:
