@@ -1,4 +1,4 @@
-"""Every command in the README, the Makefile and CI exists and would run what it says."""
+"""Every command in the README, the pages of docs/, the Makefile and CI exists and would run what it says."""
 
 import importlib.util
 import re
@@ -14,16 +14,18 @@ from tessera.run.reproduce import find
 from tessera.run.rows import rows
 
 README = ROOT / "README.md"
+# the commands of claims.md are those of its plan, which has tests of its own
+PAGES = [README, *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "claims.md")]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = dict(re.findall(r"^([a-z][a-z-]*):.*?## (.+)$", MAKEFILE, re.MULTILINE))
 
 
 def code_blocks():
-    """What the README's fenced blocks contain, without the console's prompt; nothing while there is no README."""
-    if not README.exists():
-        return []
-    blocks = re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    return [re.sub(r"^\$ ", "", block, flags=re.MULTILINE) for block in blocks]
+    """What the pages' fenced blocks contain, without the console's prompt."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    shown = [block for language, block in blocks if language in ("", "bash", "sh", "shell", "console")]
+    return [re.sub(r"^\$ ", "", block, flags=re.MULTILINE) for block in shown]
 
 
 SHELL = "\n".join(code_blocks())
@@ -55,16 +57,15 @@ def test_module_exists(name):
 
 def test_readme_names_the_commands():
     """The README tells how to test and to see the demo; CI runs its test command."""
-    if README.exists():
-        assert {"make test", "make demo"} <= set(re.findall(r"make [a-z]+", README.read_text()))
+    assert {"make test", "make demo"} <= set(re.findall(r"make [a-z]+", README.read_text()))
     commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make ")]
     assert [command.split()[:2] for command in commands] == [["make", "test"]]
 
 
-def test_files_named_in_the_readme_exist():
-    if README.exists():
-        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", README.read_text()):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/claims.md"], ids=lambda page: page.name)
+def test_files_named_in_pages_exist(page):
+    for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

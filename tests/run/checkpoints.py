@@ -63,5 +63,5 @@ def generator_checkpoint(folder: Path) -> Path:
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """eval.py with its outputs below `folder`."""
     with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("eval", overrides=[f"paths.outputs={folder}", *overrides])
+        cfg = compose("eval", overrides=[f"paths.outputs={folder}", "name=eval", *overrides])
     return evaluate(cfg)
