@@ -62,7 +62,12 @@ def plot_ranks(measured: Measured, path: Path) -> None:
             if x and y:
                 axis.plot(_mean(x), _mean(y), "o", color="C0")
                 axis.annotate(name, (_mean(x), _mean(y)), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set(xlabel=metric, ylabel="gFID")
+        axis.set(xlabel=metric, ylabel="gFID", xscale="log")
+        if axis.has_data():
+            low, high = axis.get_xlim()
+            axis.set_xticks([tick for tick in (1, 2, 3, 5, 10, 20, 30, 50) if low < tick < high])
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
     _save(figure, path)
 
 
