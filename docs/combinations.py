@@ -26,7 +26,7 @@ CONF, PAGE = ROOT / "conf", Path(__file__).with_suffix(".md")
 STRUCTURES = {"single": "single grid", "residual": "residual", "multiscale": "multi-scale"}
 BRANCHES = (1, 2)
 RESOLUTION, CELLS, ROW = 256, 16, 64
-OWN_DATA = ("digits", "fashion_mnist")  # recipes that reproduce nothing published
+OWN_DATA = ("claims", "digits", "fashion_mnist")  # recipes that reproduce nothing published
 
 # name -> file of conf/backbone and what differs from it
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -38,8 +38,9 @@ def test_which_generator_takes_which_tokens():
 
 def test_every_recipe_of_a_published_model_is_listed():
     folder = ROOT / "conf" / "experiment"
-    names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+    models = [path for path in folder.rglob("*.yaml") if "Command: python eval.py" not in path.read_text()]
+    names = {path.relative_to(folder).with_suffix("").as_posix() for path in models}
     listed = {recipe.name for recipe in combinations.recipes()}
-    assert listed <= names and not any(name.startswith(("digits", "fashion_mnist")) for name in listed)
+    assert listed <= names and not any(name.startswith(combinations.OWN_DATA) for name in listed)
     published = ("ibq/", "rar/", "robustok/", "titok/", "var/", "xqgan/")
     assert {name for name in names if name.startswith(published)} <= listed

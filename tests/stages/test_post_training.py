@@ -118,6 +118,7 @@ def test_agreement_is_counted_over_the_whole_training(tmp_path):
     fit(tmp_path, first, batches[:3])
     checkpoint = {}
     first.on_save_checkpoint(checkpoint)
+    rest.trainer = first.trainer
     rest.on_load_checkpoint({key: checkpoint[key] for key in ("warmup_done", "reencoded")})
     fit(tmp_path, rest, batches[3:])
     assert 0 < whole.reencoded_agreement() == rest.reencoded_agreement() < 1
