@@ -52,7 +52,7 @@ class Subject:
             ConfigError: none is given.
         """
         if self.cfg.ckpt is None:
-            raise ConfigError("ckpt is required; set ckpt=...")
+            raise ConfigError("ckpt is required; set ckpt=..., or zoo=... for a published checkpoint")
         return str(self.cfg.ckpt)
 
     @cached_property
@@ -124,10 +124,12 @@ class Subject:
             ConfigError: names those that are missing.
         """
         if missing := [f"{key}=..." for key in keys if self.cfg.get(key) is None]:
-            why = "no checkpoint says what is meant"
-            if self.cfg.ckpt is not None:
-                why = f"ckpt={self.cfg.ckpt} is an exported model, which doesn't say what it was trained on"
-            raise ConfigError(f"{why}; {self.task} needs {' and '.join(missing)}")
+            needs = f"{self.task} needs {' and '.join(missing)}"
+            if self.cfg.ckpt is None:
+                raise ConfigError(f"{needs}; or set ckpt=... (or zoo=...), which says what is meant")
+            raise ConfigError(
+                f"ckpt={self.cfg.ckpt} is an exported model, which doesn't say what it was trained on; {needs}"
+            )
 
     def data(self) -> ImageDataModule:
         """The data module, serving images."""
