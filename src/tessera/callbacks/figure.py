@@ -13,7 +13,7 @@ from tessera.callbacks.unique import Commit, UniqueSamples
 from tessera.errors import ConfigError, DataError
 from tessera.metrics.features import FeatureExtractor
 from tessera.metrics.image_sets import subset_numbers
-from tessera.metrics.protocol import Figure, Protocol
+from tessera.metrics.protocol import Figure
 
 log = logging.getLogger(__name__)
 
@@ -148,22 +148,6 @@ def _rows(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         key: value[rows.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == rows.shape else value
         for key, value in values.items()
     }
-
-
-def frechet_protocol(
-    extractor: FeatureExtractor, trainer: lightning.Trainer, samples: UniqueSamples, **settings: Any
-) -> Protocol:
-    """Protocol of a figure on validation images made by `extractor`; `settings` are further fields."""
-    return Protocol(
-        extractor=extractor.name,
-        weights_id=extractor.weights_id,
-        resize=extractor.resize,
-        quantisation=extractor.quantisation,
-        crop=crop_id(validation_dataset(trainer)),
-        reference_samples=samples.unique,
-        samples=samples.unique,
-        **settings,
-    )
 
 
 def validation_dataset(trainer: lightning.Trainer) -> Any:

@@ -138,10 +138,7 @@ def figures_against(
         ConfigError: figures that can't be measured.
     """
     common = {
-        "extractor": extractor.name,
-        "weights_id": extractor.weights_id,
-        "resize": extractor.resize,
-        "quantisation": extractor.quantisation,
+        **extractor.protocol_fields,
         "samples": measured.samples,
         "unique_samples": measured.unique,
         "extra": settings or {},

@@ -105,6 +105,16 @@ class FeatureExtractor(nn.Module):
         """What must be equal for statistics to be comparable."""
         return f"{self.name}:{self.weights_id}:{self.resize}"
 
+    @property
+    def protocol_fields(self) -> dict[str, str]:
+        """What a figure's `Protocol` says of the extractor."""
+        return {
+            "extractor": self.name,
+            "weights_id": self.weights_id,
+            "resize": self.resize,
+            "quantisation": self.quantisation,
+        }
+
     def features(self, images_u8: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, d) float32."""
         return self.all_features(images_u8).pooled

@@ -120,10 +120,7 @@ class PairMeasure:
 
     def _rfid(self, samples: int, crop: str) -> Figure:
         protocol = Protocol(
-            extractor=self.extractor.name,
-            weights_id=self.extractor.weights_id,
-            resize=self.extractor.resize,
-            quantisation=self.extractor.quantisation,
+            **self.extractor.protocol_fields,
             crop=crop,
             reference_samples=samples,
             samples=samples,

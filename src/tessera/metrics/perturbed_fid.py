@@ -119,10 +119,7 @@ class PerturbedFrechet:
             details["spread"] = (max(per_seed.values()) - min(per_seed.values())) / 2
         extra, in_label = self.grid.protocol(tokenizer.quantizer)
         protocol = Protocol(
-            extractor=self.extractor.name,
-            weights_id=self.extractor.weights_id,
-            resize=self.extractor.resize,
-            quantisation=self.extractor.quantisation,
+            **self.extractor.protocol_fields,
             crop=crop,
             reference_samples=samples,
             samples=samples,

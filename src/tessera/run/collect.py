@@ -14,7 +14,7 @@ import yaml
 from tessera.distributed import rank
 from tessera.errors import ConfigError, DataError, MissingFileError
 from tessera.run.record import FAILURE_FILE, RECORD_FILE
-from tessera.run.results import FILE
+from tessera.run.results import FILE, mean_and_half_range
 from tessera.run.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -177,8 +177,7 @@ class Collect:
             row: Row = {"run": f"{len(finished)} of {len(members)} finished", **dict(zip(keys, values, strict=True))}
             for label in labels:
                 numbers = [run.figures[label] for run in finished if isinstance(run.figures.get(label), float | int)]
-                row[label] = sum(numbers) / len(numbers) if numbers else None
-                row[f"{label} half range"] = (max(numbers) - min(numbers)) / 2 if numbers else None
+                row[label], row[f"{label} half range"] = mean_and_half_range(numbers) if numbers else (None, None)
             rows.append({**row, "state": "; ".join(dict.fromkeys(run.state for run in members))})
         return rows
 

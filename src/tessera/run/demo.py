@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.run.recipes import run_recipe, single_threaded
+from tessera.run.results import mean_and_half_range
 
 KINDS = {"plain": "tokenizer", "perturbed": "tokenizer_perturbed"}
 STATES = {"before": "before post-training", "after_raw": "after, raw weights", "after_ema": "after, averaged weights"}
@@ -110,9 +111,8 @@ def print_table(chains: dict[tuple[str, int], Results]) -> None:
     for kind, state, values in rows:
         cells = []
         for label in labels.values():
-            found = values[label]
-            spread = f" ± {(max(found) - min(found)) / 2:.2f}" if len(found) > 1 else ""
-            cells.append(f"{sum(found) / len(found):.3f}{spread}")
+            mean, spread = mean_and_half_range(values[label])
+            cells.append(f"{mean:.3f}" + (f" ± {spread:.2f}" if len(values[label]) > 1 else ""))
         table.add_row(kind, STATES[state], *cells)
     console = Console(width=110)
     console.print(table)

@@ -16,7 +16,7 @@ from tessera.run.build import LAST, build_trainer, make, plain, prepare, read_ch
 from tessera.run.fit import fit
 from tessera.run.load import WEIGHTS, check_classes, check_token_space, load_discriminator, load_tokenizer
 from tessera.run.pairs import PairSettings, described, given_pairs, tokens_of_pairs
-from tessera.run.results import figures_of, log_figures, read_results, write_results
+from tessera.run.results import figures_of, log_figures, read_results, write_json, write_results
 from tessera.run.strict import check_config
 from tessera.run.tokens import TokenSource, content_key, weights_fingerprint
 from tessera.stages.evaluation import Evaluation
@@ -183,9 +183,7 @@ class Measurement:
             return found["figures"]
         figures = self(tokenizer, "before")
         if rank() == 0:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"key": key, "figures": figures}, indent=2))
-            os.replace(temporary, path)
+            write_json(path, {"key": key, "figures": figures})
         return figures
 
     def __call__(self, tokenizer: nn.Module, when: str) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Runs recipes inside this process, for drivers that chain many of them."""
 
 import os
-from pathlib import Path
 from typing import Any
 
+from tessera.run.strict import CONF
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-CONF = Path(__file__).parents[3] / "conf"
 
 
 def single_threaded() -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,20 @@ def write_results(folder: Path, content: dict[str, Any]) -> Path:
 
     Non-finite numbers become strings ("nan", "inf"), as JSON has none.
     """
-    path = folder / FILE
+    return write_json(folder / FILE, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write any such file; see `write_results`."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(_finite(content), indent=2, sort_keys=False) + "\n")
     os.replace(temporary, path)
     return path
+
+
+def mean_and_half_range(values: Sequence[float]) -> tuple[float, float]:
+    """How several seeds are shown."""
+    return sum(values) / len(values), (max(values) - min(values)) / 2
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tessera.run.claims.findings import Comparison, Value, at_most, higher, lower
-from tessera.run.claims.plan import CODEBOOK_SIZES, FAMILIES, SIGMA
+from tessera.run.claims.plan import CODEBOOK_SIZES, FAMILIES, SIGMA, sized
 
 # what the paper's perturbation costs: rFID 1.02 against 0.91
 RFID_COST = 1.12
@@ -25,11 +25,6 @@ class Claim:
     text: str
     source: str
     comparisons: tuple[Comparison, ...] = ()
-
-
-def _size(kind: str, size: int) -> str:
-    """Name of the run that trained a codebook of this kind and size."""
-    return "plain" if (kind, size) == ("vq", CODEBOOK_SIZES[0]) else f"{kind}{size}"
 
 
 def _post_training(of: str, family: str) -> Comparison:
@@ -118,7 +113,7 @@ CLAIMS = (
         "IBQ (arXiv:2412.02692)",
         tuple(
             higher(
-                f"usage of {size} codes: IBQ > VQ", Value(_size("ibq", size), USAGE), Value(_size("vq", size), USAGE)
+                f"usage of {size} codes: IBQ > VQ", Value(sized("ibq", size), USAGE), Value(sized("vq", size), USAGE)
             )
             for size in CODEBOOK_SIZES
         ),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tessera.run.claims.measured import Measured
+from tessera.run.results import mean_and_half_range
 
 HOLDS, FAILS, OPEN = "holds", "fails", "undecided"
 
@@ -29,11 +30,6 @@ class Value:
             for seed, states in found.items()
             if self.metric in states.get(self.state, {})
         }
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the range."""
-    return sum(values) / len(values), (max(values) - min(values)) / 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Comparison:
             return "-"
         left, right = (sum(side) / len(side) for side in zip(*pairs, strict=True))
         changes = [a / b if self.show_ratio else a - b for a, b in pairs]
-        mean, spread = mean_and_spread(changes)
+        mean, spread = mean_and_half_range(changes)
         change = f"x {mean:.3g} ± {spread:.2g}" if self.show_ratio else f"{mean:+.3g} ± {spread:.2g}"
         return f"{left:.3g} against {right:.3g} ({change})"
 

@@ -99,6 +99,11 @@ def chains() -> list[list[Run]]:
     ]
 
 
+def sized(kind: str, size: int) -> str:
+    """Name of the tokenizer with a codebook of a kind (vq or ibq) and size."""
+    return "plain" if (kind, size) == ("vq", CODEBOOK_SIZES[0]) else f"{kind}{size}"
+
+
 def all_runs() -> list[Run]:
     """The runs of one seed, flat."""
     return [run for chain in chains() for run in chain]

@@ -6,7 +6,7 @@ from typing import Any
 
 from tessera.run.claims.findings import Value
 from tessera.run.claims.measured import Measured
-from tessera.run.claims.plan import SIGMAS, ranked_tokenizers
+from tessera.run.claims.plan import SIGMAS, ranked_tokenizers, sized
 
 DPI = 90
 
@@ -75,8 +75,7 @@ def plot_usage(measured: Measured, sizes: Sequence[int], path: Path) -> None:
     """Share of the codes in use against the size of the codebook."""
     figure, (axis,) = _figure()
     for color, kind in enumerate(("vq", "ibq")):
-        names = {size: "plain" if (kind, size) == ("vq", sizes[0]) else f"{kind}{size}" for size in sizes}
-        values = {size: Value(name, "usage_branch0").of(measured) for size, name in names.items()}
+        values = {size: Value(sized(kind, size), "usage_branch0").of(measured) for size in sizes}
         values = {size: found for size, found in values.items() if found}
         if values:
             axis.plot(

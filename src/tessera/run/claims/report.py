@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tessera.run.claims.claims import CLAIMS, STRUCTURES, Claim
-from tessera.run.claims.findings import FAILS, HOLDS, OPEN, Value, combined, mean_and_spread, rank_correlations
+from tessera.run.claims.findings import FAILS, HOLDS, OPEN, Value, combined, rank_correlations
 from tessera.run.claims.measured import Measured
 from tessera.run.claims.plan import CODEBOOK_SIZES, FAMILIES, SIGMA, SIGMAS, all_runs, ranked_tokenizers
 from tessera.run.claims.plots import plot_ranks, plot_sigmas, plot_usage
+from tessera.run.results import mean_and_half_range
 
 INTRO = """# Which of the papers' claims hold here
 
@@ -36,7 +37,7 @@ def cell(values: dict[int, float], digits: int = 2) -> str:
     """Mean ± half range over seeds."""
     if not values:
         return "-"
-    mean, spread = mean_and_spread(list(values.values()))
+    mean, spread = mean_and_half_range(list(values.values()))
     return f"{mean:.{digits}f} ± {spread:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
